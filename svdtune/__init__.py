@@ -1,0 +1,13 @@
+"""Tune the singular values of a transformer's weights, as one more PEFT method.
+
+Importing this package registers the method, so that ``peft`` can create, save and load its adapters.
+"""
+
+from svdtune.config import SVDScaleShiftConfig
+from svdtune.model import SVDScaleShiftModel
+from svdtune.registration import register
+from svdtune.version import __version__
+
+register(SVDScaleShiftConfig, SVDScaleShiftModel)
+
+__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__"]
