@@ -1,0 +1,103 @@
+"""The state of a run, from which an interrupted one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ssam.files import make_empty, new_name, put_in_place
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Saved with the optimizer by accelerate, through ``state_dict``."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_dice: float = float("-inf")
+    best_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+
+    def add_step(self, loss: float) -> None:
+        self.step += 1
+        self.losses.append(loss)
+
+    def add_validation(self, dice: float) -> bool:
+        """Notes a validation after the latest step; whether it was the best so far."""
+        self.validations.append((self.step, dice))
+        if dice <= self.best_dice:
+            return False
+        self.best_dice, self.best_step = dice, self.step
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Interruption:
+    """While entered, takes note of the first Ctrl-C or SIGTERM, so that the step at hand is finished and saved.
+
+    A second one ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def save_adapter_only(accelerator: Accelerator) -> None:
+    """Makes accelerate's states hold the adapter in place of the whole model."""
+
+    def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        if accelerator.is_main_process:
+            for model in models:
+                tensors = get_peft_model_state_dict(accelerator.unwrap_model(model))
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / ADAPTER_FILE)
+        weights.clear()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER_FILE))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Saves the state of all processes, in place of an older one."""
+    temporary = new_name(folder)
+    if accelerator.is_main_process:
+        make_empty(temporary)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        put_in_place(temporary, folder)
+    accelerator.wait_for_everyone()

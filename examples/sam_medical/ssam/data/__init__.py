@@ -1,0 +1,34 @@
+"""Datasets as users have them on disk: one module a dataset, one small interface for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssam.data.base import Sample, SegmentationDataset
+from ssam.data.brain_mri import BrainMri
+from ssam.data.glas import Glas
+from ssam.errors import UserError
+
+DATASETS: dict[str, type[SegmentationDataset]] = {"brain-mri": BrainMri, "glas": Glas}
+
+__all__ = ["DATASETS", "Sample", "SegmentationDataset", "open_dataset"]
+
+
+def open_dataset(name: str, root: str | None, split: str, labels: list[str] | None = None) -> SegmentationDataset:
+    """One split of a dataset, with all of its labels or some of them.
+
+    Raises:
+        UserError: if the dataset, its folder, the split or a label does not exist, or the split holds no images.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}.")
+    dataset_type = DATASETS[name]
+    if split not in dataset_type.splits:
+        raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
+    unknown = [label for label in labels or [] if label not in dataset_type.labels]
+    if unknown:
+        raise UserError(f"{name} has no label {unknown[0]!r}; choose from {', '.join(dataset_type.labels)}.")
+    dataset = dataset_type(Path(root) if root else None, split)
+    if labels:
+        dataset.keep_labels(labels)
+    return dataset

@@ -1,0 +1,97 @@
+"""What every dataset gives: images with one mask a label, the same labels for every image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ssam.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its masks, at the image's own size.
+
+    Attributes:
+        name: Unique within its dataset.
+        image: (H, W, 3), float32 between zero and one.
+        masks: (K, H, W), bool, in the order of the dataset's labels; a label that is absent has a blank mask.
+    """
+
+    name: str
+    image: np.ndarray
+    masks: np.ndarray
+
+
+class SegmentationDataset(ABC):
+    """One split of a dataset; ``dataset[i]`` is a `Sample`.
+
+    A reader gives the class attributes ``splits`` and ``labels``, finds its files in ``__init__`` (and complains
+    there about what is missing), and reads one image in ``read``.
+    """
+
+    splits: ClassVar[tuple[str, ...]]
+    labels: Sequence[str]
+
+    def __init__(self, root: Path | None, split: str) -> None:
+        self.root = root
+        self.split = split
+        self._kept: list[int] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """The image with the masks of all the dataset's labels."""
+
+    def keep_labels(self, labels: Sequence[str]) -> None:
+        """From now on gives the masks of these labels only, in this order."""
+        self._kept = [list(self.labels).index(label) for label in labels]
+        self.labels = tuple(labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.read(index)
+        if self._kept is None:
+            return sample
+        return Sample(sample.name, sample.image, sample.masks[self._kept])
+
+
+def require_folder(root: Path | None, dataset: str, holding: str) -> Path:
+    """The data folder, or an error that says what it should hold."""
+    if root is None:
+        raise UserError(f"{dataset} needs --data-root, the folder that holds {holding}.")
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; --data-root must be the folder that holds {holding}.")
+    return root
+
+
+def find_stem(folder: Path, stem: str, extensions: Sequence[str]) -> Path | None:
+    """The file of that stem under the first of the extensions that exists."""
+    return next((path for path in (folder / f"{stem}{extension}" for extension in extensions) if path.is_file()), None)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as (H, W, 3), float32 between zero and one."""
+    return np.asarray(_open(path).convert("RGB"), dtype=np.float32) / 255
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A single-channel mask file's values, (H, W); of a file with colours, the first channel."""
+    values = np.asarray(_open(path))
+    return values if values.ndim == 2 else values[..., 0]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image; replace or remove the file.") from error
+    return image

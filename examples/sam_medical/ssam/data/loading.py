@@ -1,0 +1,167 @@
+"""From samples to batches: resized, augmented for training, and the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, TypedDict
+
+import numpy as np
+import torch
+from monai import transforms
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ssam.data.augmentation import build_augmentation
+from ssam.data.base import Sample, SegmentationDataset
+
+# Resized training images kept in memory; the rest of a larger dataset is read again each time.
+KEPT_IMAGES = 2000
+
+
+class TrainingBatch(TypedDict):
+    """Images (B, 3, S, S) between zero and one, and masks (B, K, S, S) of zeros and ones."""
+
+    images: Tensor
+    masks: Tensor
+
+
+class EvaluationBatch(TypedDict):
+    """Images (B, 3, S, S) between zero and one, and the samples that they are from."""
+
+    images: Tensor
+    samples: list[Sample]
+
+
+class Samples(Protocol):
+    """Anything that gives samples by their number: a dataset, an image folder, a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def training_loader(
+    dataset: SegmentationDataset,
+    image_size: int,
+    batch_size: int,
+    augmentation: str,
+    seed: int,
+    first: int,
+    last: int,
+    num_workers: int = 0,
+) -> DataLoader:
+    """`TrainingBatch`es of the images at positions ``first`` to ``last`` of a run."""
+    return DataLoader(
+        AugmentedDataset(ResizedDataset(dataset, image_size), build_augmentation(augmentation), seed),
+        batch_size=batch_size,
+        sampler=TrainingSampler(len(dataset), seed, first, last),
+        num_workers=num_workers,
+    )
+
+
+def evaluation_loader(dataset: Samples, image_size: int, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """`EvaluationBatch`es of a dataset, in order."""
+    return DataLoader(
+        EvaluationDataset(dataset, image_size),
+        batch_size=batch_size,
+        collate_fn=_collate_samples,
+        num_workers=num_workers,
+    )
+
+
+def spread(dataset: Samples, count: int) -> list[Sample]:
+    """Some samples of a dataset, evenly from its first to its last."""
+    positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    return [dataset[int(position)] for position in positions]
+
+
+class ResizedDataset(Dataset):
+    """Images and masks stretched to the model's square."""
+
+    def __init__(self, dataset: SegmentationDataset, image_size: int) -> None:
+        self.dataset = dataset
+        size = (image_size, image_size)
+        self.resize_masks = transforms.Compose(
+            [transforms.Resize(size, mode="area"), transforms.AsDiscrete(threshold=0.5)]
+        )
+        self.resize_image = image_resizing(image_size)
+
+    def __getitem__(self, index: int) -> TrainingBatch:
+        sample = self.dataset[index]
+        masks = self.resize_masks(sample.masks.astype(np.float32))
+        return {"images": self.resize_image(sample.image.transpose(2, 0, 1)), "masks": masks}
+
+
+class AugmentedDataset(Dataset):
+    """Random views of images that are read once and kept.
+
+    Items are asked for as (epoch, index), which `TrainingSampler` gives. An item's random numbers depend on the seed
+    and these two alone, so that neither worker processes nor an interruption change them.
+    """
+
+    def __init__(self, dataset: ResizedDataset, augmentation: transforms.Compose, seed: int) -> None:
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.seed = seed
+        self.kept: dict[int, TrainingBatch] = {}
+
+    def __getitem__(self, key: tuple[int, int]) -> TrainingBatch:
+        epoch, index = key
+        item = self.kept.get(index) or self.dataset[index]
+        if len(self.kept) < KEPT_IMAGES:
+            self.kept[index] = item
+        self.augmentation.set_random_state(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
+        augmented = self.augmentation(dict(item))
+        return {"images": augmented["images"].as_tensor(), "masks": augmented["masks"].as_tensor()}
+
+
+class EvaluationDataset(Dataset):
+    """Images stretched to the model's square, with the samples that they are from."""
+
+    def __init__(self, dataset: Samples, image_size: int) -> None:
+        self.dataset = dataset
+        self.resize_image = image_resizing(image_size)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Sample]:
+        sample = self.dataset[index]
+        return self.resize_image(sample.image.transpose(2, 0, 1)).as_tensor(), sample
+
+
+class TrainingSampler(Sampler):
+    """One shuffled epoch after the other, as (epoch, index) pairs, between two positions of a run.
+
+    Args:
+        images: How many images an epoch has.
+        first: Position to begin at; above zero where a run is resumed.
+        last: Position to end before.
+    """
+
+    def __init__(self, images: int, seed: int, first: int, last: int) -> None:
+        self.images = images
+        self.seed = seed
+        self.first = first
+        self.last = last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.first
+        while position < self.last:
+            epoch, done = divmod(position, self.images)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+            for index in order[done : done + self.last - position]:
+                yield epoch, int(index)
+                position += 1
+
+
+def image_resizing(image_size: int) -> transforms.Transform:
+    return transforms.Resize((image_size, image_size), mode="bilinear", anti_aliasing=True)
+
+
+def _collate_samples(items: list[tuple[Tensor, Sample]]) -> EvaluationBatch:
+    images, samples = zip(*items, strict=True)
+    return {"images": torch.stack(images), "samples": list(samples)}

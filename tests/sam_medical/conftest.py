@@ -1,0 +1,94 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, SamConfig, SamModel, SamVisionConfig
+
+ROOT = Path(__file__).parents[2]
+# Official packages that the tests compare with, apart from the environment: `make` installs them.
+REFERENCES = ROOT / ".venv" / "references"
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators():
+    """Lets torchvision be imported without its compiled operators, of which there is no build for this torch."""
+    sys.path.append(str(REFERENCES))
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield
+    sys.path.remove(str(REFERENCES))
+
+
+@pytest.fixture(scope="session")
+def tiny_sam_config():
+    """SAM's architecture with few and narrow layers; images of 64 pixels, patches of 16, the last layer global."""
+    vision = SamVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=64,
+        mlp_dim=64,
+        window_size=3,
+        global_attn_indexes=[2],
+        initializer_range=0.02,
+    )
+    return SamConfig(vision_config=vision.to_dict(), initializer_range=0.02)
+
+
+@pytest.fixture(scope="session")
+def tiny_sam_folder(tiny_sam_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sam")
+    torch.manual_seed(0)
+    SamModel(tiny_sam_config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory):
+    """A CLIP text encoder with random weights, and a tokenizer that knows single letters."""
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer.save_pretrained(folder)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=24,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def glas_folder(tmp_path):
+    """A miniature of the public layout: disks on a noisy ground, instance ids as mask values, images of two sizes."""
+    folder = tmp_path / "data" / "Warwick_QU_Dataset"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", 7), ("testA", 2), ("testB", 1)):
+        for number in range(1, count + 1):
+            height, width = (40, 56) if number % 2 else (48, 48)
+            y, x = np.mgrid[:height, :width]
+            centre_y, centre_x = random.integers(12, 28, 2)
+            disk = (y - centre_y) ** 2 + (x - centre_x) ** 2 < 100
+            image = np.where(disk[..., None], (170, 60, 150), (230, 200, 220)) + random.integers(
+                -20, 20, (height, width, 3)
+            )
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{prefix}_{number}.bmp")
+            Image.fromarray((disk * 3).astype(np.uint8)).save(folder / f"{prefix}_{number}_anno.bmp")
+    (folder / "Grade.csv").write_text("name, grade (GlaS)\ntestA_1, benign\n")
+    return folder.parent

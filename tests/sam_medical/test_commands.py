@@ -1,0 +1,173 @@
+"""The three commands, end to end, on a miniature of GlaS with small random models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import predict
+import train
+from ssam.checkpoint import Progress
+
+STEPS = 6
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process."""
+
+    def run(command, **options):
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr("sys.argv", [command.__name__, *flags])
+        command.main()
+
+    return run
+
+
+@pytest.fixture
+def options(glas_folder, tiny_sam_folder, tiny_clip_folder, tmp_path):
+    return {
+        "dataset": "glas",
+        "data_root": glas_folder,
+        "output_dir": tmp_path / "run",
+        "backbone": tiny_sam_folder,
+        "text_encoder": tiny_clip_folder,
+        "image_size": 32,
+        "steps": STEPS,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "warmup_steps": 1,
+        "validate_every": 4,
+        "augmentation": "any-orientation",
+    }
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, capsys):
+    run(train, **options)
+    output = tmp_path / "run"
+    metrics = read_json(output / "metrics.json")
+    scores = metrics["test"]["labels"]["glands"]
+    assert {"dice", "dice_present", "dice_pooled"} <= scores.keys() and metrics["test"]["mean_dice"] == scores["dice"]
+    assert metrics["seconds"] > 0
+    table = capsys.readouterr().out
+    assert f"glands  {scores['dice']:.4f}" in table and str(output / "overlays") in table
+
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == metrics["trainable_parameters"]
+    scales = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("svd_scale_shift_scale")])
+    assert (scales != 1).float().mean() > 0.9
+    for picture in (output / "curves.png", output / "overlays" / "testA_1.png", output / "overlays" / "testA_2.png"):
+        assert min(Image.open(picture).size) > 100
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "curves.png", "metrics.json", "overlays"]
+
+    adapter = output / "adapter"
+    run(evaluate, adapter=adapter, data_root=options["data_root"], split="test", output=tmp_path / "again.json")
+    assert read_json(tmp_path / "again.json")["test"]["mean_dice"] == pytest.approx(
+        metrics["test"]["mean_dice"], abs=1e-4
+    )
+
+    # In a process of its own, where nothing has made the method known to PEFT.
+    command = [sys.executable, evaluate.__file__, "--adapter", adapter, "--data_root", options["data_root"]]
+    subprocess.run([*command, "--output", tmp_path / "apart.json"], check=True, capture_output=True)
+    assert read_json(tmp_path / "apart.json") == read_json(tmp_path / "again.json")
+
+    images = options["data_root"] / "Warwick_QU_Dataset"
+    run(predict, adapter=adapter, images=images, output=tmp_path / "masks")
+    mask = Image.open(tmp_path / "masks" / "glands" / "testA_1.png")
+    assert mask.size == Image.open(images / "testA_1.bmp").size and set(mask.getdata()) <= {0, 255}
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, options, tmp_path, monkeypatch, capsys):
+    run(train, **options)
+
+    add_step = Progress.add_step
+
+    def interrupt(progress, loss):
+        add_step(progress, loss)
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interrupted = {**options, "output_dir": tmp_path / "interrupted"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add_step", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            run(train, **interrupted)
+    assert stop.value.code == 130
+    assert "Stopped after step 3; repeat the command with --resume" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="holds an interrupted run; go on with --resume"):
+        run(train, **interrupted)
+    run(train, **interrupted, resume=True)
+    assert f"Going on after step 3 of {STEPS}" in capsys.readouterr().out
+
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "interrupted")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_accumulation_makes_one_update_of_several_batches(run, options, tmp_path):
+    run(
+        train, **{**options, "batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "accumulated"}
+    )
+    run(train, **options)
+    accumulated, whole = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("accumulated", "run")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(accumulated[name], tensor, atol=2e-3, rtol=0)
+
+
+def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path):
+    folder = options["data_root"] / "Warwick_QU_Dataset"
+    for changes, message in (
+        ({"target_modules": "nothing.*"}, "error: target_modules 'nothing.*': Target modules nothing"),
+        ({"target_modules": ".*layer_norm1"}, "it is LayerNorm, and not nn.Linear, nn.Conv2d"),
+        ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
+        ({"image_size": 40}, "error: image_size 40 does not fit"),
+        ({"backbone": tmp_path}, "error: there is no SAM model"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(train, **{**options, **changes})
+        assert message in stop.value.code and "\n" not in stop.value.code
+    (folder / "train_3.bmp").write_bytes(b"BM")
+    with pytest.raises(SystemExit, match=r"error: .*train_3\.bmp cannot be read as an image"):
+        run(train, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_refused_by_another_base_and_when_damaged(run, options, tmp_path, tiny_sam_config):
+    from transformers import SamModel
+
+    run(train, **options)
+    adapter = tmp_path / "run" / "adapter"
+    arguments = {"adapter": adapter, "data_root": options["data_root"], "output": tmp_path / "metrics.json"}
+
+    torch.manual_seed(1)
+    SamModel(tiny_sam_config).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="the adapter belongs to another base model"):
+        run(evaluate, **arguments, backbone=tmp_path / "other")
+
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.lin1" not in name}, weights)
+    with pytest.raises(SystemExit, match=r"does not fit its own configuration: 2 tensors .*layers\.1\.mlp\.lin1"):
+        run(evaluate, **arguments)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"adapter_model\.safetensors is damaged"):
+        run(evaluate, **arguments)
+    weights.unlink()
+    with pytest.raises(SystemExit, match=r"holds no adapter_model\.safetensors; give the folder"):
+        run(evaluate, **arguments)

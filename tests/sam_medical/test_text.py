@@ -1,0 +1,42 @@
+"""Label names become what the frozen text encoders make of them."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+from ssam.errors import UserError
+from ssam.text import encode_labels
+
+
+def test_minilm_knows_which_labels_are_alike():
+    embeddings = encode_labels("minilm", ["gray matter", "white matter", "surgical grasper"])
+    assert embeddings.shape == (3, 384)
+    similarity = embeddings @ embeddings.T
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(3))
+    assert similarity[0, 1] > 0.6 > 0.3 > similarity[0, 2]
+
+
+@torch.no_grad()
+def test_clip_gives_its_text_features(tiny_clip_folder):
+    embeddings = encode_labels(str(tiny_clip_folder), ["liver", "gall bladder"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip_folder)
+    model = CLIPTextModelWithProjection.from_pretrained(tiny_clip_folder).eval()
+    for label, embedding in zip(["liver", "gall bladder"], embeddings, strict=True):
+        expected = model(**tokenizer(label, return_tensors="pt")).text_embeds[0]
+        torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_label_does_not_depend_on_the_others(tiny_clip_folder):
+    for text_encoder in ("minilm", str(tiny_clip_folder)):
+        together = encode_labels(text_encoder, ["fat", "liver ligament"])
+        torch.testing.assert_close(encode_labels(text_encoder, ["fat"])[0], together[0], atol=1e-5, rtol=1e-4)
+
+
+def test_other_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UserError, match="is of type 'vit'"):
+        encode_labels(str(tmp_path), ["liver"])
+    with pytest.raises(UserError, match="there is no text encoder"):
+        encode_labels(str(tmp_path / "nothing"), ["liver"])
