@@ -11,7 +11,7 @@ EXAMPLE := examples/sam_medical
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true
+	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
 
 test: $(INSTALLED) .venv/references/installed
 	$(BIN)/python -m pytest

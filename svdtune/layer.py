@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -71,9 +71,10 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def change_of_singular_values(self, adapter_name: str) -> Tensor:
         """relu(A * S + B) - S of one adapter, (g * r,), in float32 or better."""
-        singular_values = self.spectrum.singular_values
-        scale = self.svd_scale_shift_scale[adapter_name].to(singular_values.dtype)
-        shift = self.svd_scale_shift_shift[adapter_name].to(singular_values.dtype)
+        dtype = torch.promote_types(self.spectrum.singular_values.dtype, torch.float32)
+        singular_values = self.spectrum.singular_values.to(dtype)
+        scale = self.svd_scale_shift_scale[adapter_name].to(dtype)
+        shift = self.svd_scale_shift_shift[adapter_name].to(dtype)
         return transform_singular_values(singular_values, scale, shift) - singular_values
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -145,6 +146,19 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         for parameters in (self.svd_scale_shift_scale, self.svd_scale_shift_shift):
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device, dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Decomposes again where a state dict brings another base weight."""
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        if weight is not None and weight.shape == self.weight.shape:
+            weight = weight.to(self.weight)
+            if not torch.equal(weight, self.weight):
+                if self.merged:
+                    raise ValueError(
+                        f"{prefix} cannot load another base weight while merged; unmerge_adapter() first."
+                    )
+                self.spectrum = Spectrum(self.weight_matrices(weight))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _checked_weight_matrices(self) -> Tensor:
         weight = self.weight.detach()

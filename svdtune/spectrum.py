@@ -34,13 +34,15 @@ class Spectrum(nn.Module):
 
     def __init__(self, matrices: Tensor) -> None:
         super().__init__()
-        left, singular_values, right = decompose(matrices)
+        device = matrices.device
+        # Apple's GPUs have no float64.
+        left, singular_values, right = decompose(matrices.cpu() if device.type == "mps" else matrices)
         left = left * (singular_values > zero_threshold(singular_values, matrices))[:, None, :]
         value_dtype = torch.promote_types(matrices.dtype, torch.float32)
         # Contiguous, so that a grouped convolution reads them as its kernels without a copy at every step.
-        self.register_buffer("left", left.to(matrices.dtype).contiguous(), persistent=False)
-        self.register_buffer("singular_values", singular_values.flatten().to(value_dtype), persistent=False)
-        self.register_buffer("right", right.to(matrices.dtype).contiguous(), persistent=False)
+        self.register_buffer("left", left.to(device, matrices.dtype).contiguous(), persistent=False)
+        self.register_buffer("singular_values", singular_values.flatten().to(device, value_dtype), persistent=False)
+        self.register_buffer("right", right.to(device, matrices.dtype).contiguous(), persistent=False)
 
 
 @torch.no_grad()

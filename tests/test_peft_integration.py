@@ -473,3 +473,18 @@ def test_registering_again_changes_nothing():
 def test_another_method_of_the_same_name_is_refused():
     with pytest.raises(KeyError, match="svd_scale_shift"):
         svdtune.registration.register(SVDScaleShiftConfig, type("Other", (SVDScaleShiftModel,), {}))
+
+
+def test_another_base_weight_brings_its_own_singular_values(train, paper_weight, relative_error):
+    model = train(get_peft_model(Net(), config()))
+    layer = model.base_model.model.fc2
+    other = Net().fc2.weight.detach()
+    model.load_state_dict({f"{WRAPPED}fc2.base_layer.weight": other}, strict=False)
+    x = torch.randn(5, 12)
+    scale, shift = layer.svd_scale_shift_scale["default"], layer.svd_scale_shift_shift["default"]
+    expected = x.double() @ paper_weight(other, scale, shift).T + layer.bias.double()
+    assert relative_error(layer(x), expected) < 1e-6
+
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="cannot load another base weight while merged"):
+        model.load_state_dict({f"{WRAPPED}fc2.base_layer.weight": torch.randn(20, 12)}, strict=False)

@@ -29,10 +29,9 @@ def main() -> None:
     dataset = open_dataset(options.dataset or task.dataset, options.data_root, options.split, list(task.labels))
     model, text_embeddings, task = load_adapter(Path(options.adapter), options.backbone)
 
-    accelerator = Accelerator()
-    loader = evaluation_loader(dataset, task.image_size, options.batch_size)
-    model, loader = accelerator.prepare(model, loader)
-    text_embeddings = text_embeddings.to(accelerator.device)
+    accelerator = Accelerator(mixed_precision="no")
+    loader = accelerator.prepare(evaluation_loader(dataset, task.image_size, options.batch_size))
+    model, text_embeddings = model.to(accelerator.device), text_embeddings.to(accelerator.device)
     scores = score_labels(
         evaluate(accelerator, model, loader, text_embeddings, task.labels, options.split), task.labels
     )

@@ -16,6 +16,7 @@ After Ctrl-C it can go on: repeat the command with --resume.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW
@@ -34,7 +35,14 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ssam.adapter import Task, build_model, load_adapter, save_adapter
-from ssam.checkpoint import Interruption, Progress, save_adapter_only, save_state
+from ssam.checkpoint import (
+    Interruption,
+    Progress,
+    check_same_run,
+    description_of_run,
+    save_adapter_only,
+    save_state,
+)
 from ssam.data import SegmentationDataset, open_dataset
 from ssam.data.loading import evaluation_loader, spread, training_loader
 from ssam.errors import UserError, one_line_errors
@@ -47,6 +55,7 @@ from ssam.model import TextPromptedSam
 from ssam.options import TrainOptions, parse_options
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
 from ssam.runtime import prepare_process
+from ssam.text import encode_labels
 
 
 @one_line_errors
@@ -56,7 +65,10 @@ def main() -> None:
     output = Path(options.output_dir)
     if (output / "checkpoint").exists() and not options.resume:
         raise UserError(f"{output} holds an interrupted run; go on with --resume, or give another --output-dir.")
+    if (output / "metrics.json").exists() and not (output / "checkpoint").exists() and not options.overwrite:
+        raise UserError(f"{output} holds a finished run; replace it with --overwrite, or give another --output-dir.")
     prepare_process()
+    accelerator = make_accelerator(options)
     set_seed(options.seed)
 
     splits = {
@@ -72,12 +84,10 @@ def main() -> None:
         image_size=options.image_size,
         text_encoder=options.text_encoder,
     )
-    model, backbone, text_embeddings, task = build_model(task)
+    text_embeddings = encode_labels(task.text_encoder, task.labels)
+    model, backbone, task = build_model(task, text_embeddings.shape[1])
     peft_model = tune(model, options.target_modules or backbone.target_modules)
 
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
-    )
     progress = train(accelerator, peft_model, text_embeddings, splits, task, options, started)
     if progress.step < options.steps:
         accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
@@ -100,6 +110,18 @@ def main() -> None:
             print(f"{name:<12} {output / name}")
 
 
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    try:
+        return Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            # The only buffers are constants, the same in every process.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise UserError(f"mixed_precision {options.mixed_precision!r} cannot be had here: {error}") from error
+
+
 def check_images(splits: Mapping[str, SegmentationDataset]) -> None:
     """Reads every image and mask once, so that a bad file is found before training starts."""
     bar = tqdm(desc="checking the images", total=sum(map(len, splits.values())), unit="image", leave=False)
@@ -111,9 +133,13 @@ def check_images(splits: Mapping[str, SegmentationDataset]) -> None:
 
 def tune(model: TextPromptedSam, target_modules: str) -> PeftModel:
     """Says to PEFT what is trained; everything else stays frozen."""
+    names = [name for name, _ in model.named_modules()]
     try:
+        if not any(re.fullmatch(target_modules, name) for name in names):
+            example = next(name for name in names if name.endswith("qkv"))
+            raise ValueError(f"matches no layer; their names are like {example}")
         return get_peft_model(model, ssam_config(model, target_modules))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         raise UserError(f"target_modules {target_modules!r}: {error}") from error
 
 
@@ -140,7 +166,9 @@ def train(
     progress = Progress()
     accelerator.register_for_checkpointing(progress, scheduler)
     save_adapter_only(accelerator)
+    run = description_of_run(options, task, accelerator.num_processes)
     if (output / "checkpoint").exists():
+        check_same_run(output / "checkpoint", run)
         accelerator.load_state(str(output / "checkpoint"))
         accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
     images_a_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
@@ -188,13 +216,13 @@ def train(
                 is_best = progress.add_validation(mean_dice(score_labels(counts, task.labels)))
                 if is_best and accelerator.is_main_process:
                     with replacing_folder(output / "adapter") as folder:
-                        save_adapter(accelerator.unwrap_model(model), task, folder)
+                        save_adapter(accelerator.unwrap_model(model), text_embeddings, task, folder)
             if interruption.requested:
                 accelerator.set_trigger()
             is_interrupted = accelerator.check_trigger()
             if is_time_to_validate or is_interrupted:
                 progress.seconds = seconds_before + time.monotonic() - started
-                save_state(accelerator, output / "checkpoint")
+                save_state(accelerator, output / "checkpoint", run)
             if is_interrupted:
                 break
     return progress
@@ -203,12 +231,16 @@ def train(
 def score_best_adapter(
     accelerator: Accelerator, dataset: SegmentationDataset, options: TrainOptions
 ) -> dict[str, LabelScores]:
-    """Reads the best adapter back from its folder, scores it on the test images, and draws some of them."""
+    """Reads the best adapter back from its folder, scores it on the test images, and draws some of them.
+
+    In full precision, whatever it was trained in, so that evaluate.py finds the same.
+    """
     output = Path(options.output_dir)
     model, text_embeddings, task = load_adapter(output / "adapter")
-    loader = evaluation_loader(dataset, options.image_size, options.batch_size, options.num_workers)
-    model, loader = accelerator.prepare(model, loader)
-    text_embeddings = text_embeddings.to(accelerator.device)
+    model, text_embeddings = model.to(accelerator.device), text_embeddings.to(accelerator.device)
+    loader = accelerator.prepare(
+        evaluation_loader(dataset, options.image_size, options.batch_size, options.num_workers)
+    )
     counts = evaluate(accelerator, model, loader, text_embeddings, task.labels, "test")
     if accelerator.is_main_process:
         chosen = spread(dataset, options.overlays)

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, SamConfig, SamModel, SamVisionConfig
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    SamConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 # Official packages that the tests compare with, apart from the environment: `make` installs them.
@@ -36,7 +43,8 @@ def tiny_sam_config():
         global_attn_indexes=[2],
         initializer_range=0.02,
     )
-    return SamConfig(vision_config=vision.to_dict(), initializer_range=0.02)
+    prompts = SamPromptEncoderConfig(image_size=64, patch_size=16)
+    return SamConfig(vision_config=vision, prompt_encoder_config=prompts, initializer_range=0.02)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """Same weights, same masks: from the official checkpoint, from transformers, and resized to other images."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import SamModel
 
 from ssam.backbones import load_backbone, resize_positions
@@ -102,6 +104,23 @@ def test_a_folder_gives_the_masks_of_transformers(tiny_sam_folder):
     )
     torch.testing.assert_close(model.position_of_pixels, sam.get_image_wide_positional_embeddings())
 
+    images, text_embeddings = torch.rand(1, 3, 64, 64), torch.randn(1, 10)
+    expected, _ = sam.mask_decoder(
+        image_embeddings=sam.get_image_embeddings(model.pixels(images)),
+        image_positional_embeddings=sam.get_image_wide_positional_embeddings(),
+        sparse_prompt_embeddings=model.text_affine(text_embeddings)[None, None],
+        dense_prompt_embeddings=sam.get_prompt_embeddings(input_masks=None)[1],
+        multimask_output=False,
+    )
+    expected = torch.nn.functional.interpolate(expected[:, 0], (64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model(images, text_embeddings), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_in_half_precision_is_computed_in_full(tiny_sam_folder, tmp_path):
+    SamModel.from_pretrained(tiny_sam_folder).half().save_pretrained(tmp_path)
+    model = TextPromptedSam(load_backbone(str(tmp_path), 64), text_width=10)
+    assert model(torch.rand(1, 3, 64, 64), torch.randn(1, 10)).dtype is torch.float32
+
 
 @pytest.mark.parametrize("image_size", [32, 96, 112])
 def test_any_multiple_of_the_patch_will_do(tiny_sam_folder, image_size):
@@ -116,7 +135,20 @@ def test_positions_are_averaged_to_a_smaller_grid():
     torch.testing.assert_close(resize_positions(table, 2), expected)
 
 
-def test_wrong_backbones_are_told_apart(tmp_path, official_sam):
+def test_wrong_backbones_are_told_apart(tmp_path, official_sam, tiny_sam_folder):
+    for name, change in (
+        ("lacking", lambda weights: weights.pop("mask_decoder.iou_token.weight")),
+        ("reshaped", lambda weights: weights.update({"mask_decoder.iou_token.weight": torch.zeros(2, 256)})),
+    ):
+        shutil.copytree(tiny_sam_folder, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors of a SamModel, first of them mask_decoder\.iou_token"):
+        load_backbone(str(tmp_path / "lacking"), 64)
+    with pytest.raises(UserError, match=r"the weights in .*reshaped are not those of its config\.json"):
+        load_backbone(str(tmp_path / "reshaped"), 64)
+
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")

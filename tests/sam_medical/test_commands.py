@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,9 +23,10 @@ STEPS = 6
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a command in this process."""
+    """Runs a command in this process, as if it were one of its own."""
 
     def run(command, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         monkeypatch.setattr("sys.argv", [command.__name__, *flags])
         command.main()
@@ -70,6 +73,9 @@ def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, cap
     for picture in (output / "curves.png", output / "overlays" / "testA_1.png", output / "overlays" / "testA_2.png"):
         assert min(Image.open(picture).size) > 100
     assert sorted(path.name for path in output.iterdir()) == ["adapter", "curves.png", "metrics.json", "overlays"]
+    assert "import svdtune" in (output / "adapter" / "README.md").read_text()
+    with pytest.raises(SystemExit, match="holds a finished run; replace it with --overwrite"):
+        run(train, **options)
 
     adapter = output / "adapter"
     run(evaluate, adapter=adapter, data_root=options["data_root"], split="test", output=tmp_path / "again.json")
@@ -85,7 +91,7 @@ def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, cap
     images = options["data_root"] / "Warwick_QU_Dataset"
     run(predict, adapter=adapter, images=images, output=tmp_path / "masks")
     mask = Image.open(tmp_path / "masks" / "glands" / "testA_1.png")
-    assert mask.size == Image.open(images / "testA_1.bmp").size and set(mask.getdata()) <= {0, 255}
+    assert mask.size == Image.open(images / "testA_1.bmp").size and set(np.unique(mask)) <= {0, 255}
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, options, tmp_path, monkeypatch, capsys):
@@ -108,6 +114,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, options, tmp_pa
 
     with pytest.raises(SystemExit, match="holds an interrupted run; go on with --resume"):
         run(train, **interrupted)
+    with pytest.raises(SystemExit, match=r"cannot go on: its learning_rate was 0\.01 and is now 0\.5"):
+        run(train, **{**interrupted, "learning_rate": 0.5}, resume=True)
     run(train, **interrupted, resume=True)
     assert f"Going on after step 3 of {STEPS}" in capsys.readouterr().out
 
@@ -116,6 +124,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, options, tmp_pa
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_trains_and_is_scored_in_full(run, options, tmp_path):
+    run(train, **options, mixed_precision="bf16")
+    output = tmp_path / "run"
+    arguments = {"adapter": output / "adapter", "data_root": options["data_root"], "output": tmp_path / "again.json"}
+    run(evaluate, **arguments, overlays=tmp_path / "pictures")
+    assert read_json(tmp_path / "again.json")["test"] == read_json(output / "metrics.json")["test"]
+    assert len(list((tmp_path / "pictures").glob("testA_*.png"))) == 2
 
 
 def test_gradient_accumulation_makes_one_update_of_several_batches(run, options, tmp_path):
@@ -133,15 +150,26 @@ def test_gradient_accumulation_makes_one_update_of_several_batches(run, options,
 def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path):
     folder = options["data_root"] / "Warwick_QU_Dataset"
     for changes, message in (
-        ({"target_modules": "nothing.*"}, "error: target_modules 'nothing.*': Target modules nothing"),
-        ({"target_modules": ".*layer_norm1"}, "it is LayerNorm, and not nn.Linear, nn.Conv2d"),
+        (
+            {"target_modules": "nothing.*"},
+            "error: target_modules 'nothing.*': matches no layer; their names are like image",
+        ),
+        ({"target_modules": "(qkv"}, "error: target_modules '(qkv': missing )"),
+        ({"target_modules": ".*layer_norm1"}, "it is SamLayerNorm, and not nn.Linear, nn.Conv2d"),
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
         ({"backbone": tmp_path}, "error: there is no SAM model"),
+        ({"stepps": 3}, "error: unrecognized arguments: --stepps 3"),
+        ({"data_root": tmp_path / "nowhere"}, "error: there is no folder"),
+        ({"data_root": tmp_path}, "holds no images of the split train"),
     ):
         with pytest.raises(SystemExit) as stop:
             run(train, **{**options, **changes})
         assert message in stop.value.code and "\n" not in stop.value.code
+    (folder / "train_2_anno.bmp").rename(folder / "lost.bmp")
+    with pytest.raises(SystemExit, match=r"error: .*train_2\.bmp has no mask"):
+        run(train, **options)
+    (folder / "lost.bmp").rename(folder / "train_2_anno.bmp")
     (folder / "train_3.bmp").write_bytes(b"BM")
     with pytest.raises(SystemExit, match=r"error: .*train_3\.bmp cannot be read as an image"):
         run(train, **options)

@@ -63,4 +63,4 @@ def test_loss_is_focal_and_dice_of_each_image_and_label():
     focal = (-((1 - correct) ** 2) * correct.log()).mean()
     overlap, total = (probability * masks).sum((2, 3)), (probability + masks).sum((2, 3))
     dice = (1 - (2 * overlap + 1) / (total + 1)).mean()
-    torch.testing.assert_close(FocalDiceLoss(focal_weight=20)(logits, masks), 20 * focal + dice)
+    torch.testing.assert_close(FocalDiceLoss(focal_weight=20)(logits, masks), 20 * focal + dice, rtol=1e-5, atol=0)

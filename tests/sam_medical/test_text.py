@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
 from ssam.errors import UserError
 from ssam.text import encode_labels
@@ -26,6 +26,25 @@ def test_clip_gives_its_text_features(tiny_clip_folder):
     for label, embedding in zip(["liver", "gall bladder"], embeddings, strict=True):
         expected = model(**tokenizer(label, return_tensors="pt")).text_embeds[0]
         torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_whole_clip_may_have_any_projection_and_precision(tiny_clip_folder, tmp_path):
+    """As LAION's do, which keep the width of the projection beside the text encoder's configuration."""
+    text = CLIPTextModelWithProjection.from_pretrained(tiny_clip_folder)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_config = {**text.config.to_dict(), "projection_dim": 512}
+    clip = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=24))
+    clip.text_model.load_state_dict(text.text_model.state_dict())
+    clip.text_projection.load_state_dict(text.text_projection.state_dict())
+    clip.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_clip_folder).save_pretrained(tmp_path)
+    expected = encode_labels(str(tiny_clip_folder), ["liver"])
+    torch.testing.assert_close(encode_labels(str(tmp_path), ["liver"]), expected, atol=1e-5, rtol=1e-4)
+    clip.half().save_pretrained(tmp_path)
+    half = encode_labels(str(tmp_path), ["liver"])
+    assert half.dtype is torch.float32
+    torch.testing.assert_close(half, expected, atol=5e-3, rtol=0)
 
 
 def test_a_label_does_not_depend_on_the_others(tiny_clip_folder):

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
@@ -16,10 +17,27 @@ from ssam.backbones import Backbone, load_backbone
 from ssam.errors import UserError
 from ssam.files import write_json
 from ssam.model import TextPromptedSam
-from ssam.text import encode_labels
 
 TASK_FILE = "task.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TEXT_FILE = "text_embeddings.safetensors"
+MODEL_CARD = """---
+library_name: peft
+tags: [svdtune, segment-anything, medical-imaging]
+---
+
+# S-SAM adapter: {labels}
+
+Segments {labels} in images like those of {dataset}, by the names alone. For research; not a medical device.
+
+- Base model: `{backbone}` at {image_size} pixels, weights with digest `{backbone_digest}`
+- Text encoder: `{text_encoder}`; its embeddings of the labels are in `text_embeddings.safetensors`
+
+The method lives in [svdtune](https://pypi.org/project/svdtune), which has to be imported before PEFT loads this
+folder: `import svdtune`. In svdtune's repository:
+
+    python examples/sam_medical/predict.py --adapter FOLDER --images IMAGES --output MASKS
+"""
 
 
 @dataclass(frozen=True)
@@ -41,13 +59,12 @@ class Task:
     backbone_digest: str = ""
 
 
-def build_model(task: Task) -> tuple[TextPromptedSam, Backbone, Tensor, Task]:
-    """The untuned model, its backbone, the labels' text embeddings (K, D), and the task with its digest.
+def build_model(task: Task, text_width: int) -> tuple[TextPromptedSam, Backbone, Task]:
+    """The untuned model, its backbone, and the task with the backbone's digest.
 
     Raises:
         UserError: if the backbone's weights are not those of the task's digest, where it has one.
     """
-    text_embeddings = encode_labels(task.text_encoder, task.labels)
     backbone = load_backbone(task.backbone, task.image_size)
     digest = digest_of(backbone)
     if task.backbone_digest and digest != task.backbone_digest:
@@ -55,8 +72,7 @@ def build_model(task: Task) -> tuple[TextPromptedSam, Backbone, Tensor, Task]:
             f"the adapter belongs to another base model: it was trained on weights with digest "
             f"{task.backbone_digest}, and {task.backbone} has {digest}; give the right weights with --backbone."
         )
-    model = TextPromptedSam(backbone, text_embeddings.shape[1])
-    return model, backbone, text_embeddings, replace(task, backbone_digest=digest)
+    return TextPromptedSam(backbone, text_width), backbone, replace(task, backbone_digest=digest)
 
 
 def digest_of(backbone: Backbone) -> str:
@@ -73,13 +89,15 @@ def digest_of(backbone: Backbone) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_adapter(model: PeftModel, task: Task, folder: Path) -> None:
+def save_adapter(model: PeftModel, text_embeddings: Tensor, task: Task, folder: Path) -> None:
     model.save_pretrained(str(folder))
+    save_file({"text_embeddings": text_embeddings.cpu().contiguous()}, folder / TEXT_FILE)
     write_json(folder / TASK_FILE, asdict(task))
+    (folder / "README.md").write_text(MODEL_CARD.format(**{**asdict(task), "labels": ", ".join(task.labels)}))
 
 
 def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, Tensor, Task]:
-    """A trained model in evaluation mode, its labels' text embeddings, and its task.
+    """A trained model in evaluation mode, its labels' text embeddings (K, D), and its task.
 
     Args:
         folder: Where `save_adapter` put it.
@@ -89,10 +107,15 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, 
         UserError: if files are missing or damaged, or the base model is another one.
     """
     task = read_task(folder)
-    model, _, text_embeddings, task = build_model(replace(task, backbone=backbone) if backbone else task)
-    saved = _saved_names(folder)
-    peft_model = PeftModel.from_pretrained(model, str(folder))
-    differing = sorted(saved ^ set(get_peft_model_state_dict(peft_model)))
+    weights, text = _read_tensors(folder / WEIGHTS_FILE), _read_tensors(folder / TEXT_FILE)
+    text_embeddings = text["text_embeddings"]
+    model, _, task = build_model(replace(task, backbone=backbone or task.backbone), text_embeddings.shape[1])
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} is damaged ({reason}); train again, or fetch the whole folder again.") from error
+    differing = sorted(weights.keys() ^ get_peft_model_state_dict(peft_model).keys())
     if differing:
         raise UserError(
             f"{folder / WEIGHTS_FILE} does not fit its own configuration: {len(differing)} tensors are missing or "
@@ -102,7 +125,7 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, 
 
 
 def read_task(folder: Path) -> Task:
-    for name in (TASK_FILE, "adapter_config.json", WEIGHTS_FILE):
+    for name in (TASK_FILE, "adapter_config.json", WEIGHTS_FILE, TEXT_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")
     try:
@@ -114,10 +137,8 @@ def read_task(folder: Path) -> Task:
         raise UserError(f"{folder / TASK_FILE} must be JSON with the keys {expected}.") from error
 
 
-def _saved_names(folder: Path) -> set[str]:
-    path = folder / WEIGHTS_FILE
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); train again, or fetch the file again.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,18 +69,24 @@ def load_backbone(name: str, image_size: int) -> Backbone:
 
 
 def load_sam_model(name: str) -> SamModel:
-    """A `SamModel` by hub name or folder."""
+    """A `SamModel` by hub name or folder, in float32."""
     try:
-        config = SamConfig.get_config_dict(name)[0]
-        model_type = config.get("model_type")
-        if model_type == "sam":
-            return SamModel.from_pretrained(name)
+        model_type = SamConfig.get_config_dict(name)[0].get("model_type")
+        if model_type != "sam":
+            raise UserError(f"{name} holds a model of type {model_type!r}, and not 'sam'; give a SamModel.")
+        loaded: Any = SamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no SAM model {name!r}, neither as a folder nor on the hub ({_first_line(error)}). "
             f"Give {LITE_MEDSAM}, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
         ) from error
-    raise UserError(f"{name} holds a model of type {model_type!r}, and not 'sam'; give a SamModel.")
+    except RuntimeError as error:
+        raise UserError(f"the weights in {name} are not those of its config.json ({_first_line(error)}).") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"{name} lacks {len(missing)} tensors of a SamModel, first of them {missing[0]}.")
+    return model
 
 
 def load_lite_medsam(image_size: int) -> Backbone:

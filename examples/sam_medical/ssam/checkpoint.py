@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +13,13 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssam.files import make_empty, new_name, put_in_place
+from ssam.adapter import Task
+from ssam.errors import UserError
+from ssam.files import make_empty, new_name, put_in_place, write_json
+from ssam.options import TrainOptions
 
 ADAPTER_FILE = "adapter.safetensors"
+RUN_FILE = "run.json"
 
 
 @dataclass
@@ -90,14 +95,33 @@ def save_adapter_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Saves the state of all processes, in place of an older one."""
+def save_state(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> None:
+    """Saves the state of all processes, in place of an older one, with the description of the run."""
     temporary = new_name(folder)
     if accelerator.is_main_process:
         make_empty(temporary)
+        write_json(temporary / RUN_FILE, run)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         put_in_place(temporary, folder)
     accelerator.wait_for_everyone()
+
+
+def description_of_run(options: TrainOptions, task: Task, processes: int) -> dict[str, Any]:
+    """All that must be the same when a run goes on."""
+    free = ("output_dir", "data_root", "backbone", "num_workers", "overlays", "resume", "overwrite")
+    run = {name: value for name, value in asdict(options).items() if name not in free}
+    return {**run, "labels": list(task.labels), "weights": task.backbone_digest, "processes": processes}
+
+
+def check_same_run(folder: Path, run: dict[str, Any]) -> None:
+    """Raises a `UserError` where the state in a folder is of another run."""
+    saved = json.loads((folder / RUN_FILE).read_text())
+    for name, value in run.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{folder.parent} cannot go on: its {name} was {saved.get(name)!r} and is now {value!r}; repeat the "
+                f"first command, or remove {folder} to start anew."
+            )

@@ -55,6 +55,7 @@ class TrainOptions:
     validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
     overlays: int = option(6, "Test images drawn with their true and predicted masks.")
     resume: bool = option(False, "Go on where an interrupted run in output_dir stopped; start anew if there is none.")
+    overwrite: bool = option(False, "Replace a finished run in output_dir.")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"):
@@ -128,8 +129,8 @@ def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict
     """The file's options, each checked and converted as if it had been given as a flag."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from ssam.data.base import Sample
-from ssam.files import replacing_file, replacing_folder
+from ssam.files import replacing_file
 from ssam.metrics import LabelScores, mean_dice
 
 matplotlib.use("Agg")
@@ -56,10 +56,10 @@ def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]
 
 
 def draw_overlays(predictions: Iterable[tuple[Sample, np.ndarray]], labels: Sequence[str], folder: Path) -> None:
-    """One PNG a sample: the image, its true masks and the predicted ones."""
-    with replacing_folder(folder) as temporary:
-        for sample, predicted in predictions:
-            _draw_overlay(sample, predicted, labels, temporary / f"{sample.name}.png")
+    """One PNG a sample, by its name: the image, its true masks and the predicted ones."""
+    for sample, predicted in predictions:
+        with replacing_file(folder / f"{sample.name}.png") as temporary:
+            _draw_overlay(sample, predicted, labels, temporary)
 
 
 def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], path: Path) -> None:
@@ -75,7 +75,7 @@ def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], 
             _paint(panel, mask, colour)
     handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, format="png", dpi=80)
     plt.close(figure)
 
 

@@ -36,7 +36,7 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
             return _encode_with_clip(name, labels)
         if model_type in SENTENCE_ENCODER_TYPES:
             return _encode_with_sentence_encoder(name, labels)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"there is no text encoder {text_encoder!r}, neither as a folder nor on the hub "
             f"({str(error).splitlines()[0]}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
@@ -46,14 +46,19 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
 
 def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
     tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
-    model = CLIPTextModelWithProjection.from_pretrained(name).eval()
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type == "clip":
+        # Of a whole CLIP, the width of the projection stands beside the text encoder's own configuration.
+        projection_dim, config = config.projection_dim, config.text_config
+        config.projection_dim = projection_dim
+    model = CLIPTextModelWithProjection.from_pretrained(name, config=config, dtype=torch.float32).eval()
     return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds.float()
 
 
 def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
     """The mean over each label's tokens, of unit length: how sentence-transformers' models are read."""
     tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
-    hidden = AutoModel.from_pretrained(name).eval()(**tokens).last_hidden_state
+    hidden = AutoModel.from_pretrained(name, dtype=torch.float32).eval()(**tokens).last_hidden_state
     is_token = tokens["attention_mask"].unsqueeze(-1)
     mean = (hidden * is_token).sum(1) / is_token.sum(1)
     return torch.nn.functional.normalize(mean, dim=-1).float()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ssam.errors import UserError
+
+EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,33 @@ def require_folder(root: Path | None, dataset: str, holding: str) -> Path:
     return root
 
 
-def find_stem(folder: Path, stem: str, extensions: Sequence[str]) -> Path | None:
-    """The file of that stem under the first of the extensions that exists."""
-    return next((path for path in (folder / f"{stem}{extension}" for extension in extensions) if path.is_file()), None)
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """The image files of a folder by the lower-case stem of their names.
+
+    Raises:
+        UserError: if two of them have the same.
+    """
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+            other = images.setdefault(path.stem.lower(), path)
+            if other is not path:
+                raise UserError(f"{folder} holds both {other.name} and {path.name}; remove one of the two.")
+    return images
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3), float32 between zero and one."""
-    return np.asarray(_open(path).convert("RGB"), dtype=np.float32) / 255
+    """An image file as (H, W, 3), float32 between zero and one.
+
+    Grey values of more than eight bits, as CT and MR are exported, are stretched from the image's lowest to its
+    highest.
+    """
+    image = _open(path)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float32)
+        span = max(float(np.ptp(values)), 1e-8)
+        return np.repeat(((values - values.min()) / span)[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -92,6 +113,6 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image; replace or remove the file.") from error
     return image

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssam.data.base import Sample, read_image
+from ssam.data.base import EXTENSIONS, Sample, images_by_stem, read_image
 from ssam.errors import UserError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 class ImageFolder:
@@ -18,13 +16,9 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; --images must be a folder of images.")
-        self.paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+        self.paths = list(images_by_stem(folder).values())
         if not self.paths:
             raise UserError(f"{folder} holds no images; it may hold {', '.join(EXTENSIONS)}.")
-        stems = [path.stem for path in self.paths]
-        twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-        if twice is not None:
-            raise UserError(f"{folder} holds two images {twice}, whose masks would overwrite each other; rename one.")
 
     def __len__(self) -> int:
         return len(self.paths)

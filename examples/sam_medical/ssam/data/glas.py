@@ -8,13 +8,13 @@ its checkpoint on the test images, validation images are held out of train here:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from ssam.data.base import Sample, SegmentationDataset, find_stem, read_image, read_mask, require_folder
+from ssam.data.base import Sample, SegmentationDataset, images_by_stem, read_image, read_mask, require_folder
 from ssam.errors import UserError
 
 FOLDER = "Warwick_QU_Dataset"
-EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 HOLD_OUT_EVERY = 6
 
 
@@ -26,17 +26,21 @@ class Glas(SegmentationDataset):
         super().__init__(root, split)
         root = require_folder(root, "glas", FOLDER)
         folder = root / FOLDER if (root / FOLDER).is_dir() else root
-        self.images = [folder_path for folder_path in _numbered_images(folder, _file_prefix(split))]
-        if split in ("train", "validation"):
-            self.images = [
-                path for path in self.images if (_number(path) % HOLD_OUT_EVERY == 0) == (split == "validation")
-            ]
-        if not self.images:
+        files = images_by_stem(folder)
+        stems = _stems_of(split, files)
+        if not stems:
             raise UserError(
                 f"{folder} holds no images of the split {split}, named like {_file_prefix(split)}_1.bmp; "
                 f"--data-root must be the folder that holds {FOLDER}."
             )
-        self.masks = [_mask_of(path) for path in self.images]
+        for stem in stems:
+            if f"{stem}_anno" not in files:
+                image = files[stem]
+                raise UserError(
+                    f"{image} has no mask; put {image.stem}_anno{image.suffix} beside it, or remove the image."
+                )
+        self.images = [files[stem] for stem in stems]
+        self.masks = [files[f"{stem}_anno"] for stem in stems]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,18 +60,10 @@ def _file_prefix(split: str) -> str:
     return {"validation": "train", "test": "testA"}.get(split, split)
 
 
-def _numbered_images(folder: Path, prefix: str) -> list[Path]:
-    pattern = re.compile(rf"{prefix}_\d+")
-    images = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and pattern.fullmatch(path.stem)]
-    return sorted(images, key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.stem.rsplit("_", 1)[1])
-
-
-def _mask_of(image: Path) -> Path:
-    mask = find_stem(image.parent, f"{image.stem}_anno", EXTENSIONS)
-    if mask is None:
-        raise UserError(f"{image} has no mask; put {image.stem}_anno{image.suffix} beside it, or remove the image.")
-    return mask
+def _stems_of(split: str, stems: Iterable[str]) -> list[str]:
+    """The split's lower-case stems, by their numbers."""
+    pattern = re.compile(rf"{_file_prefix(split).lower()}_(\d+)")
+    numbered = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, stems) if match)
+    if split in ("train", "validation"):
+        numbered = [pair for pair in numbered if (pair[0] % HOLD_OUT_EVERY == 0) == (split == "validation")]
+    return [stem for _, stem in numbered]

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssam.data.augmentation import build_augmentation
 from ssam.data.base import Sample, SegmentationDataset
 
-# Resized training images kept in memory; the rest of a larger dataset is read again each time.
-KEPT_IMAGES = 2000
+# Of resized training images; the rest of a larger dataset is read again each time.
+KEPT_BYTES = 2 * 1024**3
 
 
 class TrainingBatch(TypedDict):
@@ -108,7 +108,8 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> TrainingBatch:
         epoch, index = key
         item = self.kept.get(index) or self.dataset[index]
-        if len(self.kept) < KEPT_IMAGES:
+        size = item["images"].nbytes + item["masks"].nbytes
+        if size * (len(self.kept) + 1) <= KEPT_BYTES:
             self.kept[index] = item
         self.augmentation.set_random_state(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
         augmented = self.augmentation(dict(item))
