@@ -158,7 +158,7 @@ def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path)
         ({"target_modules": ".*layer_norm1"}, "it is SamLayerNorm, and not nn.Linear, nn.Conv2d"),
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
-        ({"backbone": tmp_path}, "error: there is no SAM model"),
+        ({"backbone": tmp_path}, "holds a model of type None, and not 'sam'"),
         ({"stepps": 3}, "error: unrecognized arguments: --stepps 3"),
         ({"data_root": tmp_path / "nowhere"}, "error: there is no folder"),
         ({"data_root": tmp_path}, "holds no images of the split train"),
