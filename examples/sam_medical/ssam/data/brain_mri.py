@@ -19,8 +19,10 @@ from ssam.data.base import Sample, SegmentationDataset
 # Slabs in turn, each with its number of slices, and the slices left out between two of them.
 SLABS = (("train", 11), ("test", 5), ("train", 11), ("validation", 3))
 GAP = 3
-# Lower slices hold a few stray voxels of white matter; the brain ends at slice 154, and the rest above is blank.
-LOWEST, HIGHEST = 8, 165
+# Where the cycle of slabs starts: test slabs then lie among trained anatomy, and the tapering ends of the brain, from
+# which labels vanish one by one, are for training and validation. The last slices, above the brain, are blank.
+CYCLE_START = -22
+DEPTH = 162
 # The field of view: the box around the brain, and a margin of eight millimetres.
 LEFT, RIGHT = 18, 179
 BACK, FRONT = 19, 216
@@ -49,12 +51,12 @@ class BrainMri(SegmentationDataset):
 def slices_of(split: str) -> list[int]:
     """The slices of a split, as indices along the template's third axis."""
     chosen: list[int] = []
-    start = LOWEST
+    start = CYCLE_START
     for name, thickness in cycle(SLABS):
-        if start > HIGHEST:
+        if start >= DEPTH:
             break
         if name == split:
-            chosen.extend(range(start, min(start + thickness, HIGHEST + 1)))
+            chosen.extend(range(max(start, 0), min(start + thickness, DEPTH)))
         start += thickness + GAP
     return chosen
 
