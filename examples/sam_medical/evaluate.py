@@ -1,6 +1,8 @@
 """Score a trained adapter, reloaded on its own, and print the table again.
 
-python examples/sam_medical/evaluate.py --adapter runs/demo/adapter --split test --output metrics.json
+    python examples/sam_medical/evaluate.py --adapter runs/demo/adapter --split test --output metrics.json
+
+The scores are computed in full precision, as train.py's are, whatever the adapter was trained in.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 from ssam.files import write_json
 from ssam.model import TextPromptedSam
 
@@ -33,7 +33,7 @@ Segments {labels} in images like those of {dataset}, by the names alone. For res
 - Base model: `{backbone}` at {image_size} pixels, weights with digest `{backbone_digest}`
 - Text encoder: `{text_encoder}`; its embeddings of the labels are in `text_embeddings.safetensors`
 
-The method lives in [svdtune](https://pypi.org/project/svdtune), which has to be imported before PEFT loads this
+The method lives in the package svdtune, which has to be imported before PEFT loads this
 folder: `import svdtune`. In svdtune's repository:
 
     python examples/sam_medical/predict.py --adapter FOLDER --images IMAGES --output MASKS
@@ -113,8 +113,9 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, 
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} is damaged ({reason}); train again, or fetch the whole folder again.") from error
+        raise UserError(
+            f"{folder} is damaged ({first_line(error)}); train again, or fetch the whole folder again."
+        ) from error
     differing = sorted(weights.keys() ^ get_peft_model_state_dict(peft_model).keys())
     if differing:
         raise UserError(

@@ -14,7 +14,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionAttention, SamVisionEncoder
 
 from ssam import lite_medsam
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 from ssam.sam_checkpoint import DECODER_NORM_EPS, convert, load_exactly, read_checkpoint, sam_model_from_checkpoint
 
 LITE_MEDSAM = "lite-medsam"
@@ -78,11 +78,11 @@ def load_sam_model(name: str) -> SamModel:
         model, loading = loaded
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no SAM model {name!r}, neither as a folder nor on the hub ({_first_line(error)}). "
+            f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
             f"Give {LITE_MEDSAM}, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
         ) from error
     except RuntimeError as error:
-        raise UserError(f"the weights in {name} are not those of its config.json ({_first_line(error)}).") from error
+        raise UserError(f"the weights in {name} are not those of its config.json ({first_line(error)}).") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(f"{name} lacks {len(missing)} tensors of a SamModel, first of them {missing[0]}.")
@@ -232,7 +232,3 @@ def _check_size(image_size: int, stride: int, name: str) -> None:
 
 def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

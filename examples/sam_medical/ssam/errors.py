@@ -11,6 +11,11 @@ class UserError(Exception):
     """Names the file, key or value that is wrong, and says what to do about it."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, short enough for a message of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Ends a command with the message alone, and no traceback, when it raises a `UserError`."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 
 # The official mask decoder keeps torch's default here, where transformers' configuration says 1e-6.
 DECODER_NORM_EPS = 1e-5
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} is not a checkpoint that torch can read ({reason}); download it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection
 
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 
 MINILM = "minilm"
 CLIP_TYPES = ("clip", "clip_text_model")
@@ -39,7 +39,7 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"there is no text encoder {text_encoder!r}, neither as a folder nor on the hub "
-            f"({str(error).splitlines()[0]}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
+            f"({first_line(error)}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
         ) from error
     raise UserError(f"{text_encoder} is of type {model_type!r}; the text encoder must be a CLIP or a BERT.")
 

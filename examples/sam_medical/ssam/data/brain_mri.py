@@ -2,8 +2,8 @@
 
 Labels come from the template's own tissue probabilities: gray or white matter where its probability is above one
 half, brain where the skull-stripped brain mask is. The volume is cut into slabs that go to train, validation and
-test in turn. Neighbouring slices are nearly the same picture, so three slices are left out between slabs; and a
-test slab lies between two train slabs, since anatomy beyond the trained range is another task.
+test in turn. Neighbouring slices are nearly the same picture, so three slices are left out between slabs; and each
+test slab that shows a brain lies between two train slabs, since anatomy beyond the trained range is another task.
 """
 
 from __future__ import annotations
