@@ -4,10 +4,11 @@ Importing this package registers the method, so that ``peft`` can create, save a
 """
 
 from svdtune.config import SVDScaleShiftConfig
+from svdtune.hotswap import hotswap_adapter
 from svdtune.model import SVDScaleShiftModel
 from svdtune.registration import register
 from svdtune.version import __version__
 
 register(SVDScaleShiftConfig, SVDScaleShiftModel)
 
-__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__"]
+__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "hotswap_adapter"]

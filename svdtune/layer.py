@@ -1,100 +1,194 @@
-"""The layers that stand in for a model's own: adapters by name, forward, merge and unmerge."""
+"""What every tuned layer has in common: adapters by name, forward, mixed batches, merge and unmerge."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.functional import factored_conv2d, factored_linear, transform_singular_values, weight_change
+from svdtune.functional import transform_singular_values, weight_change
 from svdtune.spectrum import Spectrum
+
+BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter changes
 
 
 class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     """A frozen layer of which named adapters scale and shift the singular values.
 
-    A subclass says how its weight is a batch of matrices (`weight_matrices`) and how their factors are applied
-    (`adapted_forward`). Several active adapters add their changes of the singular values.
+    A subclass says how its weight is a batch of matrices (`to_matrices`, `from_matrices`) and how its input is
+    multiplied with them (`product`). Several active adapters add their changes of the singular values.
+
+    Args:
+        base_layer: The layer to tune.
+        adapter_name: The first adapter's name.
+        config: Its choices.
+        rank_pattern_key: Which entry of ``config.rank_pattern`` says the rank; ``config.rank`` does if None.
+        quantization_backend: What gives and takes the weight where it is quantised.
 
     Attributes:
         base_layer: The layer as it was.
         spectrum: U, S, Vᵀ of its weight, decomposed once and shared by all adapters.
-        svd_scale_shift_scale: A of each adapter, (r,).
-        svd_scale_shift_shift: B of each adapter, (r,), in units of the singular values.
+        svd_scale_shift_scale: A of each adapter that learns it, (g * rank,).
+        svd_scale_shift_shift: B of each adapter that learns it, (g * rank,), in units of the singular values.
+        rank: How many leading singular values each adapter tunes.
+        nonlinearity: What follows A * S + B in each adapter.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
     adapter_layer_names = ("svd_scale_shift_scale", "svd_scale_shift_shift")
+    other_param_names = ("rank", "nonlinearity")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVDScaleShiftConfig) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SVDScaleShiftConfig,
+        rank_pattern_key: str | None = None,
+        quantization_backend: QuantizationBackend | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = self.features()
-        self.spectrum = Spectrum(self._checked_weight_matrices())
+        self.quantization_backend = quantization_backend
         self.svd_scale_shift_scale = nn.ParameterDict()
         self.svd_scale_shift_shift = nn.ParameterDict()
+        self.rank: dict[str, int] = {}
+        self.nonlinearity: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self._weight_before_merge: Tensor | None = None
-        self.update_layer(adapter_name, config)
+        self._before_merge: Any = None
+        matrices = self._checked_matrices()
+        self.in_features, self.out_features = self.features(matrices)
+        self.spectrum = Spectrum(matrices, config.rank_of(rank_pattern_key, min(matrices.shape[1:])))
+        self.update_layer(adapter_name, config, rank_pattern_key)
 
-    def update_layer(self, adapter_name: str, config: SVDScaleShiftConfig) -> None:
+    def update_layer(
+        self, adapter_name: str, config: SVDScaleShiftConfig, rank_pattern_key: str | None = None
+    ) -> None:
         """Adds an adapter, or resets the one of that name."""
-        rank = self.spectrum.singular_values.numel()
-        scale, shift = torch.ones(rank), torch.zeros(rank)
-        if not config.init_weights:
-            scale += 0.1 * torch.randn(rank)
-            shift += 0.01 * torch.randn(rank)
-        self.svd_scale_shift_scale[adapter_name] = nn.Parameter(scale)
-        self.svd_scale_shift_shift[adapter_name] = nn.Parameter(shift)
+        rank = config.rank_of(rank_pattern_key, self.available_rank)
+        if rank > self.spectrum.rank:
+            self.spectrum = Spectrum(self._checked_matrices(), rank)
+        self.rank[adapter_name] = rank
+        self.nonlinearity[adapter_name] = config.nonlinearity
+        values = self.spectrum.leading(self.spectrum.singular_values, rank)
+        noise = 0.0 if config.init_weights else 1.0
+        if config.scale:
+            scale = torch.ones(len(values)) + 0.1 * noise * torch.randn(len(values))
+            self.svd_scale_shift_scale[adapter_name] = nn.Parameter(scale)
+        if config.shift:
+            shift = 0.01 * noise * torch.randn(len(values))
+            self.svd_scale_shift_shift[adapter_name] = nn.Parameter(shift)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def features(self) -> tuple[int, int]:
+    def features(self, matrices: Tensor) -> tuple[int, int]:
         """How many features, or channels, go in and come out."""
-        raise NotImplementedError
+        return matrices.shape[2], matrices.shape[1]
 
-    def weight_matrices(self, weight: Tensor) -> Tensor:
+    def to_matrices(self, weight: Tensor) -> Tensor:
         """The weight as matrices to decompose, (g, out, in)."""
         raise NotImplementedError
 
-    def adapted_forward(self, x: Tensor, values: Tensor) -> Tensor:
-        """The layer's output with ``values`` (g * r,) in place of its singular values."""
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        """The reverse of `to_matrices`: matrices (g, out, in) in the shape of the weight."""
         raise NotImplementedError
 
+    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for a weight U diag(values) Vᵀ, where values are (g * rank,), or (B, g * rank)."""
+        raise NotImplementedError
+
+    @property
+    def available_rank(self) -> int:
+        """How many singular values each matrix of the weight has."""
+        return min(self.spectrum.left.shape[1], self.spectrum.right.shape[2])
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether this layer is tuned by the adapter of that name."""
+        return adapter_name in self.rank
+
     def change_of_singular_values(self, adapter_name: str) -> Tensor:
-        """relu(A * S + B) - S of one adapter, (g * r,), in float32 or better."""
-        dtype = torch.promote_types(self.spectrum.singular_values.dtype, torch.float32)
-        singular_values = self.spectrum.singular_values.to(dtype)
-        scale = self.svd_scale_shift_scale[adapter_name].to(dtype)
-        shift = self.svd_scale_shift_shift[adapter_name].to(dtype)
-        return transform_singular_values(singular_values, scale, shift) - singular_values
+        """relu(A * S + B) - S of one adapter, (g * rank,), in float32 or better; zero beyond the rank it tunes."""
+        return self._changes([adapter_name])[0]
+
+    def _changes(self, adapter_names: list[str]) -> Tensor:
+        """The changes of several adapters that have rank and non-linearity in common, (adapters, g * rank)."""
+        rank, nonlinearity = self.rank[adapter_names[0]], self.nonlinearity[adapter_names[0]]
+        singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
+        scale = _stacked(self.svd_scale_shift_scale, adapter_names, torch.ones_like(singular_values))
+        shift = _stacked(self.svd_scale_shift_shift, adapter_names, torch.zeros_like(singular_values))
+        transformed = transform_singular_values(singular_values, scale, shift, nonlinearity)
+        return self.spectrum.padded(transformed - singular_values, rank)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
         change = weight_change(self.spectrum.left, self.change_of_singular_values(adapter_name), self.spectrum.right)
-        return change.reshape(self.weight.shape)
+        return self.from_matrices(change)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x)
-        adapters = [name for name in self.active_adapters if name in self.svd_scale_shift_scale]
-        if self.merged or not adapters:
-            return self.base_layer(x)
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            change = self._change_of_each_sample(x, adapter_names)
+        elif self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        else:
+            change = self._change_of_active_adapters()
+        if change is None:
+            return self.base_layer(x, *args, **kwargs)
 
-        values = self.spectrum.singular_values
-        for adapter_name in adapters:
-            values = values + self.change_of_singular_values(adapter_name)
-        return self.adapted_forward(x, values)
+        if self.spectrum.full_rank and self.quantization_backend is None:
+            bias = getattr(self.get_base_layer(), "bias", None)
+            return self.product(x, self.spectrum.singular_values + change, bias)
+        result = self.base_layer(x, *args, **kwargs)
+        # A quantised layer takes other dtypes than its own weight's, and answers in them.
+        x = x.to(self.spectrum.left.dtype) if x.is_floating_point() and not torch.is_autocast_enabled() else x
+        return result + self.product(x, change, None).to(result.dtype)
+
+    def _change_of_active_adapters(self) -> Tensor | None:
+        change = None
+        for adapter_name in self.active_adapters:
+            if self.has_adapter(adapter_name):
+                one = self.change_of_singular_values(adapter_name)
+                change = one if change is None else change + one
+        return change
+
+    def _change_of_each_sample(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
+        """A row of changes for each sample of a mixed batch, (B, g * rank); None if no sample has an adapter here."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        alike: dict[tuple[int, str], list[str]] = {}
+        for name in dict.fromkeys(adapter_names):
+            if self.has_adapter(name):
+                alike.setdefault((self.rank[name], self.nonlinearity[name]), []).append(name)
+        if not alike:
+            return None
+        changes = [self._changes(names) for names in alike.values()]
+        table = torch.cat([torch.zeros_like(changes[0][:1]), *changes])
+        row = {name: index for index, name in enumerate(itertools.chain(*alike.values()), start=1)}
+        return table[torch.tensor([row.get(name, 0) for name in adapter_names], device=table.device)]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -107,30 +201,48 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with ``safe_merge``, if the merged weight is not finite.
         """
-        adapter_names = [
-            name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.svd_scale_shift_scale
-        ]
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self.has_adapter(name)]
         if not adapter_names:
             return
-        original = self.weight.data if self._weight_before_merge is None else self._weight_before_merge
+        original = self._unmerged_weight()
         change = torch.stack([self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]).sum(0)
         merged = (original.to(change.dtype) + change).to(original.dtype)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
             )
-        self._weight_before_merge = original
-        self.weight.data = merged
+        if self.quantization_backend is None:
+            self._before_merge = original
+        else:
+            # Quantising the original again may not give the same codes: keep the layer, out of the module tree.
+            self._before_merge = self._before_merge or (self.base_layer,)
+            self.base_layer = copy.deepcopy(self._before_merge[0])
+        self.set_base_weight(merged)
+        if self.quantization_backend is not None:
+            # PEFT makes a new HQQ layer, and forgets its bias.
+            self.base_layer.bias = self._before_merge[0].bias
         self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
         """Puts the base weight back, every bit of it."""
-        if self._weight_before_merge is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.weight.data = self._weight_before_merge.to(device=self.weight.device, dtype=self.weight.dtype)
-        self._weight_before_merge = None
+        if self.quantization_backend is None:
+            weight = self.get_base_weight()
+            self.set_base_weight(self._before_merge.to(device=weight.device, dtype=weight.dtype))
+        else:
+            self.base_layer = self._before_merge[0].train(self.training)
+        self._before_merge = None
         self.merged_adapters.clear()
+
+    def _unmerged_weight(self) -> Tensor:
+        """The weight that was decomposed, whether or not adapters are merged into the layer now."""
+        if not self.merged:
+            return self.get_base_weight().detach()
+        if self.quantization_backend is None:
+            return self._before_merge
+        return self.quantization_backend.get_base_weight(self._before_merge[0]).detach()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves A and B, and keeps them in float32 or better whatever the dtype of the base weight.
@@ -138,8 +250,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         PEFT casts them to that dtype and back again, which rounds what was learned to bfloat16's three digits when an
         adapter is loaded with ``low_cpu_mem_usage``, and marks inactive adapters as trainable.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.cast_adapter(adapter_name, dtype, device or self.weight.device)
+        dtype = torch.promote_types(self.spectrum.left.dtype, torch.float32)
+        self.cast_adapter(adapter_name, dtype, device or self.spectrum.left.device)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Casts and moves A and B of an adapter in place; on the meta device they wait for a checkpoint."""
@@ -147,60 +259,56 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device, dtype)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and casts everything; factors that lost digits are computed anew when the weight is widened again."""
+        before = self.spectrum.left.dtype
+        super()._apply(fn, recurse)
+        if self.merged and self.quantization_backend is not None:
+            self._before_merge[0]._apply(fn, recurse)
+        after = self.spectrum.left.dtype
+        if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
+            self.spectrum = Spectrum(self.to_matrices(self._unmerged_weight().to(after)), self.spectrum.rank)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Decomposes again where a state dict brings another base weight."""
-        weight = state_dict.get(f"{prefix}base_layer.weight")
-        if weight is not None and weight.shape == self.weight.shape:
-            weight = weight.to(self.weight)
-            if not torch.equal(weight, self.weight):
-                if self.merged:
-                    raise ValueError(
-                        f"{prefix} cannot load another base weight while merged; unmerge_adapter() first."
-                    )
-                self.spectrum = Spectrum(self.weight_matrices(weight))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        key = self._weight_key(prefix)
+        loaded = state_dict.get(key)
+        if loaded is None or self.quantization_backend is not None or loaded.shape != self.weight.shape:
+            return
+        known = self.weight.detach()
+        if not known.is_meta:
+            loaded = loaded.to(known)
+            if torch.equal(loaded, known):
+                return
+        if self.merged:
+            raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
+        self.spectrum = Spectrum(self.to_matrices(loaded.detach()), self.spectrum.rank)
 
-    def _checked_weight_matrices(self) -> Tensor:
-        weight = self.weight.detach()
-        if weight.is_meta:
-            raise ValueError("its weight is on the meta device. Load the base model before adding the adapter.")
-        if not weight.isfinite().all():
-            raise ValueError("its weight holds NaN or infinite values, so it has no singular values.")
-        return self.weight_matrices(weight)
+    def _weight_key(self, prefix: str) -> str:
+        """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
+        return f"{prefix}base_layer.weight"
+
+    def _checked_matrices(self) -> Tensor:
+        parameters = list(self.get_base_layer().parameters())
+        with gather_params_ctx(parameters):
+            weight = self._unmerged_weight()
+            if weight.is_meta:
+                raise ValueError("its weight is on the meta device. Load the base model before adding the adapter.")
+            if not weight.isfinite().all():
+                raise ValueError("its weight holds NaN or infinite values, so it has no singular values.")
+            return self.to_matrices(weight)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
 
     def __repr__(self) -> str:
         return "svdtune." + super().__repr__()
 
 
-class Linear(SVDScaleShiftLayer):
-    """`nn.Linear`, its weight one matrix (1, out, in)."""
-
-    def features(self) -> tuple[int, int]:
-        linear = cast(nn.Linear, self.get_base_layer())
-        return linear.in_features, linear.out_features
-
-    def weight_matrices(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0)
-
-    def adapted_forward(self, x: Tensor, values: Tensor) -> Tensor:
-        spectrum = self.spectrum
-        return factored_linear(x, spectrum.left[0], values, spectrum.right[0], self.bias)
-
-
-class Conv2d(SVDScaleShiftLayer):
-    """`nn.Conv2d`, its weight one matrix a group, (g, out/g, in/g * kh * kw)."""
-
-    def features(self) -> tuple[int, int]:
-        convolution = cast(nn.Conv2d, self.get_base_layer())
-        return convolution.in_channels, convolution.out_channels
-
-    def weight_matrices(self, weight: Tensor) -> Tensor:
-        groups = cast(nn.Conv2d, self.get_base_layer()).groups
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-    def adapted_forward(self, x: Tensor, values: Tensor) -> Tensor:
-        spectrum, convolution = self.spectrum, cast(nn.Conv2d, self.get_base_layer())
-        return factored_conv2d(x, spectrum.left, values, spectrum.right, self.bias, convolution)
-
-
-LAYER_TYPES: dict[type[nn.Module], type[SVDScaleShiftLayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+def _stacked(parameters: nn.ParameterDict, adapter_names: list[str], default: Tensor) -> Tensor:
+    """One row a name, in the dtype of ``default`` or a wider one; ``default`` where an adapter does not learn them."""
+    rows = [parameters.get(name, default) for name in adapter_names]
+    stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    return stacked.to(torch.promote_types(stacked.dtype, default.dtype))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from svdtune.adapter_state import check_fingerprints, check_values
+from svdtune.arithmetic import check_combination, combine_changes, config_of_combination
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.layer import LAYER_TYPES, SVDScaleShiftLayer
+from svdtune.layer import SVDScaleShiftLayer
+from svdtune.mixed_batch import adapter_of_each_sample
+from svdtune.targets import DEFAULT_TARGET_MODULES
+from svdtune.wrapping import layers_of, new_layer, update_existing_layer
 
 
 class SVDScaleShiftModel(BaseTuner):
@@ -27,11 +36,15 @@ class SVDScaleShiftModel(BaseTuner):
 
     prefix: str = "svd_scale_shift_"
     tuner_layer_cls = SVDScaleShiftLayer
-    target_module_mapping = {
-        model_type: list(names) for model_type, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
-    }
+    target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT takes regular expressions too
+    peft_config: dict[str, SVDScaleShiftConfig]  # type: ignore[assignment]
 
-    def _create_and_replace(  # type: ignore[override]  # PEFT's wrappers of bare parameters are for other methods
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        check_fingerprints(adapter_name, self.peft_config[adapter_name])
+
+    def _create_and_replace(  # type: ignore[override]  # PEFT passes our own config
         self,
         config: SVDScaleShiftConfig,
         adapter_name: str,
@@ -39,46 +52,111 @@ class SVDScaleShiftModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, SVDScaleShiftLayer):
-            target.update_layer(adapter_name, config)
-            return
-        layer_type = _layer_type(target, parent, current_key)
-        try:
-            new_module = layer_type(target, adapter_name, config)
-        except ValueError as error:
-            raise ValueError(f"`{current_key}` cannot be tuned: {error}") from error
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        key = get_pattern_key(list(config.rank_pattern), current_key)
+        options = {
+            "adapter_name": adapter_name,
+            "config": config,
+            "rank_pattern_key": key if key in config.rank_pattern else None,
+        }
+        if not update_existing_layer(target, parameter_name, **options):
+            quantization_options = get_quantization_kwargs(self.model)
+            new_module = new_layer(target, parent, current_key, parameter_name, quantization_options, **options)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)
+            self._replace_module(parent, target_name, new_module, target)
+            target = new_module
+        for name, layer in layers_of(target, current_key, parameter_name):
+            config.measured_fingerprints[name] = layer.spectrum.fingerprint(layer.rank[adapter_name])
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SVDScaleShiftLayer):
+            # What comes off is whole. PEFT would set its `weight`, which neither an HQQ layer nor experts have.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leaves A and B in float32, as they are made, unless the dtype of the base weight is asked for."""
         if not autocast_adapter_dtype:
             for module in self.modules():
                 if isinstance(module, SVDScaleShiftLayer):
-                    module.cast_adapter(adapter_name, module.weight.dtype)
+                    module.cast_adapter(adapter_name, module.spectrum.left.dtype)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Names an adapter's values as the model does, and makes sure that there is one for each."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_values(model, adapter_name, remapped, cls.prefix)
+        return remapped
 
-def _layer_type(target: nn.Module, parent: nn.Module, name: str) -> type[SVDScaleShiftLayer]:
-    """The wrapper for a module, or an error that says why it has none."""
-    remedy = "Take it out of `target_modules`, or name it in `exclude_modules`."
-    # nn.TransformerEncoderLayer does so in eval mode, which would evaluate the base model after training the adapter.
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        owner = type(parent).__name__
-        raise TypeError(f"`{name}` cannot be tuned: its {owner} reads the weight without calling the module. {remedy}")
-    for base_type, layer_type in LAYER_TYPES.items():
-        if isinstance(target, base_type):
-            # A subclass with a forward of its own computes something else than the product that takes its place.
-            own_forward = type(target).forward is not base_type.forward  # type: ignore[comparison-overlap]
-            if own_forward:
-                raise TypeError(
-                    f"`{name}` cannot be tuned: {type(target).__name__} has its own forward, unlike "
-                    f"{base_type.__name__}. {remedy}"
-                )
-            weight = cast(Tensor, target.weight)
-            if not weight.is_floating_point():
-                raise TypeError(f"`{name}` cannot be tuned: its weight is {weight.dtype}. {remedy}")
-            return layer_type
-    supported = ", ".join(f"nn.{base_type.__name__}" for base_type in LAYER_TYPES)
-    raise TypeError(f"`{name}` cannot be tuned: it is {type(target).__name__}, and not {supported}. {remedy}")
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to pass ``adapter_names`` to the layers without the model in between knowing of them."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with adapter_of_each_sample(self.model, adapter_names, kwargs.get("num_beams") or 1):
+            yield
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Adds an adapter that is a weighted combination of others.
+
+        The linear combination is exact: its change of each weight is the weighted sum of theirs (see `arithmetic`).
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One weight for each, of either sign.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"; PEFT's own functions,
+                applied to the changes of the singular values.
+            density: Which share of the values the last four keep.
+            majority_sign_method: "total" or "frequency", for the two kinds of ties.
+
+        Raises:
+            ValueError: for an unknown adapter or combination, a name that is taken, or another number of weights.
+        """
+        check_combination(combination_type, density)
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(
+                f"There is no adapter {', '.join(unknown) or 'to combine'}; there are {', '.join(self.peft_config)}."
+            )
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already.")
+
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, SVDScaleShiftLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = config_of_combination(
+            [self.peft_config[adapter] for adapter in adapters], adapters, layers
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            ours = [
+                (adapter, weight)
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if layer.has_adapter(adapter)
+            ]
+            changes = [layer.change_of_singular_values(adapter) for adapter, _ in ours]
+            weight_vector = torch.tensor([weight for _, weight in ours], device=changes[0].device)
+            combined = combine_changes(changes, weight_vector, combination_type, density or 1.0, majority_sign_method)
+            layer.svd_scale_shift_shift[adapter_name].data = layer.spectrum.leading(combined, layer.rank[adapter_name])
+        self.set_requires_grad(adapter_name, False)

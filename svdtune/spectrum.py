@@ -1,53 +1,113 @@
-"""One weight's singular value decomposition: computed accurately, once, and kept beside the weight."""
+"""One weight's singular value decomposition: computed accurately, once, and kept beside the weight.
+
+An adapter holds values that belong to vectors which are computed anew wherever it is loaded, so those vectors must
+come out the same everywhere. What a decomposition leaves open is settled here: float64 whatever the weight's dtype, a
+fixed basis where singular values are equal, and no vectors at all where they are zero.
+"""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 # The Gram matrix squares the condition number, so in float64 its eigenvectors are good to (1e-16 * condition**2);
 # weights that are worse conditioned than this take the slower, direct decomposition.
 GRAM_CONDITION_LIMIT = 1e4
+# Neighbours whose relative difference is below this count as equal. A float32 weight does not tell them apart.
+EQUAL_VALUES_TOLERANCE = 1e-6
+# How many fixed random changes of the singular values a fingerprint answers to.
+FINGERPRINT_CHANGES = 7
 
 
 class Spectrum(nn.Module):
-    """U, S and Vᵀ of a batch of g matrices, as frozen buffers shared by all adapters of a layer.
+    """U, S and Vᵀ of a batch of g matrices, shared by all adapters of a layer.
 
-    The buffers are not persistent: they follow ``.to()``, ``deepcopy`` and pickling, but enter no checkpoint,
-    since the base weight that they come from is always there to compute them again.
+    They follow ``.to()``, ``deepcopy`` and pickling, but are plain tensors rather than parameters or buffers: the
+    weight that they come from is always there to compute them again, so they enter no checkpoint, DDP does not
+    broadcast them at every step, and no optimizer sees them.
 
     Args:
-        matrices: (g, out, in), real and finite; g > 1 only for grouped convolutions.
+        matrices: (g, out, in), real and finite.
+        rank: How many leading singular values of each matrix to keep; all r = min(out, in) if None.
 
     Attributes:
-        left: U, (g, out, r), in the dtype of ``matrices``.
-        singular_values: S, (g * r,), in float32 or better, descending within each group.
-        right: Vᵀ, (g, r, in), in the dtype of ``matrices``.
+        left: U, (g, out, rank), in the dtype of ``matrices``.
+        singular_values: S, (g * rank,), in float32 or better, descending within each matrix.
+        right: Vᵀ, (g, rank, in), in the dtype of ``matrices``.
+        full_rank: Whether every singular value was kept.
 
     Singular values that are zero to working precision belong to arbitrary vectors. Their columns of U are zeroed,
     so that they take no part in any product and no gradient can lift them.
     """
 
-    left: Tensor
-    singular_values: Tensor
-    right: Tensor
-
-    def __init__(self, matrices: Tensor) -> None:
+    def __init__(self, matrices: Tensor, rank: int | None = None) -> None:
         super().__init__()
-        device = matrices.device
+        device, dtype = matrices.device, matrices.dtype
         # Apple's GPUs have no float64.
         left, singular_values, right = decompose(matrices.cpu() if device.type == "mps" else matrices)
         left = left * (singular_values > zero_threshold(singular_values, matrices))[:, None, :]
-        value_dtype = torch.promote_types(matrices.dtype, torch.float32)
+        self.full_rank = rank is None or rank >= singular_values.shape[1]
+        left, singular_values, right = left[:, :, :rank], singular_values[:, :rank], right[:, :rank]
+
+        self._responses = (singular_values * _responses(left, right)).flatten().to("cpu")
         # Contiguous, so that a grouped convolution reads them as its kernels without a copy at every step.
-        self.register_buffer("left", left.to(device, matrices.dtype).contiguous(), persistent=False)
-        self.register_buffer("singular_values", singular_values.flatten().to(device, value_dtype), persistent=False)
-        self.register_buffer("right", right.to(device, matrices.dtype).contiguous(), persistent=False)
+        self.left = left.to(device, dtype).contiguous()
+        self.singular_values = singular_values.flatten().to(device, torch.promote_types(dtype, torch.float32))
+        self.right = right.to(device, dtype).contiguous()
+
+    @property
+    def rank(self) -> int:
+        """How many leading singular values are kept of each matrix."""
+        return self.right.shape[1]
+
+    def leading(self, values: Tensor, rank: int) -> Tensor:
+        """The first ``rank`` of each matrix's values: (g * self.rank,) to (g * rank,)."""
+        return values.reshape(-1, self.rank)[:, :rank].flatten()
+
+    def padded(self, values: Tensor, rank: int) -> Tensor:
+        """The reverse of `leading`, with zeros for the rest: (..., g * rank) to (..., g * self.rank)."""
+        if rank == self.rank:
+            return values
+        grouped = values.unflatten(-1, (-1, rank))
+        return torch.nn.functional.pad(grouped, (0, self.rank - rank)).flatten(-2)
+
+    def fingerprint(self, rank: int) -> list[float]:
+        """A few numbers that tell whether values learned here mean the same on another weight.
+
+        The first is the norm of S; the others are gᵀ U diag(e * S) Vᵀ h, one for each fixed vector e of random signs,
+        with fixed Gaussian g and h: what that change of the singular values does to the weight, seen from one side.
+        They depend on U and Vᵀ but not on the signs that a decomposition leaves open.
+        """
+        responses = self.leading(self._responses, rank)
+        signs = np.random.RandomState(1).choice([-1.0, 1.0], size=(FINGERPRINT_CHANGES, len(responses)))
+        norm = self.leading(self.singular_values, rank).double().norm().item()
+        return [float(f"{number:.7g}") for number in [norm, *(torch.from_numpy(signs) @ responses).tolist()]]
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.left, self.right = fn(self.left), fn(self.right)
+        # S stays in float32 or better: it is small, and the adapter multiplies it.
+        dtype = torch.promote_types(self.right.dtype, torch.float32)
+        self.singular_values = self.singular_values.to(self.right.device, dtype)
+        return self
+
+
+def fingerprint_distance(ours: list[float], theirs: list[float]) -> float:
+    """How far two fingerprints are apart, relative to a random change of the singular values; about sqrt(2) for
+    unrelated weights of one size, and infinite where their lengths differ."""
+    if len(ours) != len(theirs):
+        return float("inf")
+    scale = max(ours[0], theirs[0]) or 1.0
+    squares = [((a - b) / scale) ** 2 for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    return max(abs(ours[0] - theirs[0]) / scale, (sum(squares) / max(len(squares), 1)) ** 0.5)
 
 
 @torch.no_grad()
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of each matrix, in float64.
+    """The thin SVD of each matrix, in float64, the same on every machine but for the signs of its vector pairs.
 
     Takes the Gram matrix of the smaller side (two to five times faster than a direct decomposition) wherever the
     condition number allows.
@@ -62,9 +122,12 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eigenvalues, eigenvectors = torch.linalg.eigh(matrices.mT @ matrices)
     singular_values = eigenvalues.flip(-1).clamp(min=0).sqrt()
     if (singular_values[:, -1] * GRAM_CONDITION_LIMIT <= singular_values[:, 0]).any():
-        return torch.linalg.svd(matrices, full_matrices=False)
-    right = eigenvectors.flip(-1).mT
-    left = matrices @ right.mT / singular_values[:, None, :]
+        left, singular_values, right = torch.linalg.svd(matrices, full_matrices=False)
+    else:
+        right = eigenvectors.flip(-1).mT
+        left = matrices @ right.mT / singular_values[:, None, :]
+    for index, matrix in enumerate(matrices):
+        _fix_bases_of_equal_values(matrix, left[index], singular_values[index], right[index])
     return left, singular_values, right
 
 
@@ -76,3 +139,35 @@ def zero_threshold(singular_values: Tensor, matrices: Tensor) -> Tensor:
     """
     noise = torch.finfo(torch.float32).eps * max(matrices.shape[1:]) ** 0.5
     return singular_values[:, :1] * noise
+
+
+def _fix_bases_of_equal_values(matrix: Tensor, left: Tensor, singular_values: Tensor, right: Tensor) -> None:
+    """Gives, in place, the vectors of equal singular values a basis that depends on their span alone.
+
+    Any rotation of them is as good a decomposition, and each machine or route returns another one. Theirs is the basis
+    of the span that is nearest to fixed random vectors (the polar factor of those vectors' projection).
+
+    Shapes: matrix (out, in) with out >= in, left (out, in), singular_values (in,), right (in, in).
+    """
+    differs = singular_values[:-1] - singular_values[1:] > EQUAL_VALUES_TOLERANCE * singular_values[:-1]
+    edges = [0, *(differs.nonzero().flatten() + 1).tolist(), len(singular_values)]
+    threshold = zero_threshold(singular_values[None], matrix[None]).item()
+    for start, end in itertools.pairwise(edges):
+        if end - start == 1 or singular_values[start] <= threshold:
+            continue
+        span = right[start:end].mT
+        probes = torch.from_numpy(np.random.RandomState(0).standard_normal((len(right), end - start))).to(span)
+        rotation, _, towards = torch.linalg.svd(span.mT @ probes)
+        basis = span @ rotation @ towards
+        image = matrix @ basis
+        right[start:end] = basis.mT
+        singular_values[start:end] = image.norm(dim=0)
+        left[:, start:end] = image / singular_values[start:end]
+
+
+def _responses(left: Tensor, right: Tensor) -> Tensor:
+    """(gᵀ u) (vᵀ h) of each vector pair u, v, with fixed Gaussian g and h: (g, rank)."""
+    random = np.random.RandomState(2)
+    g = torch.from_numpy(random.standard_normal(left.shape[1])).to(left)
+    h = torch.from_numpy(random.standard_normal(right.shape[2])).to(right)
+    return (left.mT @ g) * (right @ h)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svdtune.functional import factored_conv2d, factored_linear, transform_singular_values, weight_change
+from svdtune.functional import scaled_convolution, scaled_linear, transform_singular_values, weight_change
 
 
 def test_transform_is_the_papers_equation_and_relu_clips():
@@ -29,25 +29,25 @@ def test_a_clipped_value_gets_no_gradient():
 @pytest.mark.parametrize("rows", [(), (5,), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(4, 9), (9, 4)], ids=["wide", "tall"])
-def test_factored_linear_is_the_product_with_the_rebuilt_weight(size, bias, rows):
+def test_scaled_linear_is_the_product_with_the_rebuilt_weight(size, bias, rows):
     (out_features, in_features), rank = size, min(size)
     left, right = torch.randn(out_features, rank).double(), torch.randn(rank, in_features).double()
     values, x = torch.rand(rank).double(), torch.randn(*rows, in_features).double()
     bias = torch.randn(out_features).double() if bias else None
 
-    y = factored_linear(x, left, values, right, bias)
+    y = scaled_linear(x, left, values, right, bias)
     torch.testing.assert_close(y, F.linear(x, left @ values.diag() @ right, bias), rtol=1e-12, atol=1e-12)
 
 
-def test_factored_linear_has_the_right_gradients():
+def test_scaled_linear_has_the_right_gradients():
     left, right = torch.randn(4, 3).double(), torch.randn(3, 6).double()
     inputs = [torch.randn(*shape).double().requires_grad_() for shape in [(2, 5, 6), (3,), (4,)]]
-    assert torch.autograd.gradcheck(lambda x, values, bias: factored_linear(x, left, values, right, bias), inputs)
+    assert torch.autograd.gradcheck(lambda x, values, bias: scaled_linear(x, left, values, right, bias), inputs)
 
 
 def test_float32_values_do_not_widen_a_bfloat16_product():
     x, left, right = (torch.randn(3, 3).bfloat16() for _ in range(3))
-    assert factored_linear(x, left, torch.rand(3), right, None).dtype is torch.bfloat16
+    assert scaled_linear(x, left, torch.rand(3), right, None).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_float32_values_do_not_widen_a_bfloat16_product():
     ],
     ids=str,
 )
-def test_factored_conv2d_is_the_convolution_with_the_rebuilt_weight(convolution):
+def test_scaled_convolution_is_the_convolution_with_the_rebuilt_weight(convolution):
     convolution = convolution.double().requires_grad_(False)
     groups, x = convolution.groups, torch.randn(2, 4, 9, 8).double()
     out_of_group, in_of_group = convolution.out_channels // groups, convolution.weight[0].numel()
@@ -68,17 +68,17 @@ def test_factored_conv2d_is_the_convolution_with_the_rebuilt_weight(convolution)
     left, right = torch.randn(groups, out_of_group, rank).double(), torch.randn(groups, rank, in_of_group).double()
     values = torch.rand(groups * rank).double()
 
-    y = factored_conv2d(x, left, values, right, convolution.bias, convolution)
+    y = scaled_convolution(x, left, values, right, convolution.bias, convolution)
     rebuilt = left @ torch.diag_embed(values.view(groups, rank)) @ right
     convolution.weight.copy_(rebuilt.reshape(convolution.weight.shape))
     torch.testing.assert_close(y, convolution(x), rtol=1e-12, atol=1e-12)
 
 
-def test_factored_conv2d_takes_one_image_without_a_batch():
+def test_scaled_convolution_takes_one_image_without_a_batch():
     convolution, x = nn.Conv2d(4, 6, 3, groups=2), torch.randn(4, 8, 8)
     left, right, values = torch.randn(2, 3, 3), torch.randn(2, 3, 18), torch.rand(6)
-    batch_of_one = factored_conv2d(x[None], left, values, right, None, convolution)
-    torch.testing.assert_close(factored_conv2d(x, left, values, right, None, convolution), batch_of_one[0])
+    batch_of_one = scaled_convolution(x[None], left, values, right, None, convolution)
+    torch.testing.assert_close(scaled_convolution(x, left, values, right, None, convolution), batch_of_one[0])
 
 
 def test_weight_change_is_the_difference_of_the_rebuilt_weights():

@@ -2,16 +2,16 @@
 
 import copy
 import io
-import itertools
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from svdtune import SVDScaleShiftConfig
-from svdtune.layer import LAYER_TYPES
+from svdtune.kinds import LAYER_KINDS
 
 # A layer to tune, and the input that it is tried on.
 LAYERS = {
@@ -31,6 +31,10 @@ LAYERS = {
     "conv, groups": (lambda: nn.Conv2d(8, 12, 3, groups=2, padding=1), (2, 8, 6, 6)),
     "conv, depthwise": (lambda: nn.Conv2d(8, 16, 3, groups=8, padding="same"), (2, 8, 6, 6)),
     "conv, no batch": (lambda: nn.Conv2d(4, 10, 3), (4, 8, 7)),
+    "conv, one dimension": (lambda: nn.Conv1d(8, 12, 3, groups=2, stride=2), (2, 8, 9)),
+    "conv, three dimensions": (lambda: nn.Conv3d(4, 10, (2, 3, 2), groups=2, padding=1), (2, 4, 4, 5, 6)),
+    "transformers' Conv1D": (lambda: Conv1D(40, 24), (2, 3, 24)),
+    "embedding": (lambda: nn.Embedding(40, 24, padding_idx=3), (2, 5)),
 }
 # Largest error of an output relative to its norm.
 PRECISION = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -38,8 +42,16 @@ PRECISION = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 each_layer = pytest.mark.parametrize("make_layer, input_shape", LAYERS.values(), ids=LAYERS)
 
 
-def tuned(base_layer, adapter_name="default"):
-    return LAYER_TYPES[type(base_layer)](base_layer.requires_grad_(False), adapter_name, SVDScaleShiftConfig())
+def tuned(base_layer, adapter_name="default", **choices):
+    return LAYER_KINDS[type(base_layer)](
+        base_layer.requires_grad_(False), adapter_name, SVDScaleShiftConfig(**choices)
+    )
+
+
+def input_of(base_layer, shape, dtype=torch.float32):
+    if isinstance(base_layer, nn.Embedding):
+        return torch.randint(0, base_layer.num_embeddings, shape)
+    return torch.randn(shape).to(dtype)
 
 
 def scale_and_shift(layer, adapter_name="default"):
@@ -49,7 +61,13 @@ def scale_and_shift(layer, adapter_name="default"):
 def base_forward(base_layer, x, weight):
     """The base layer's own forward in float64, with another weight."""
     exact = copy.deepcopy(base_layer).double()
-    return functional_call(exact, {"weight": weight.double()}, (x.double(),))
+    return functional_call(exact, {"weight": weight.double()}, (x.double() if x.is_floating_point() else x,))
+
+
+def held_storages(layer):
+    spectrum = layer.spectrum
+    held = [*layer.parameters(), *layer.buffers(), spectrum.left, spectrum.singular_values, spectrum.right]
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
 class AllocatedSizes(TorchDispatchMode):
@@ -57,8 +75,7 @@ class AllocatedSizes(TorchDispatchMode):
 
     def __init__(self, layer):
         super().__init__()
-        held = itertools.chain(layer.parameters(), layer.buffers())
-        self.held_storages = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self.held_storages = held_storages(layer)
         self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -71,8 +88,9 @@ class AllocatedSizes(TorchDispatchMode):
 
 @each_layer
 def test_output_is_the_papers_formula(make_layer, input_shape, dtype, train, paper_weight, relative_error):
-    layer, x = train(tuned(make_layer().to(dtype))), torch.randn(input_shape).to(dtype)
+    layer = train(tuned(make_layer().to(dtype)))
     base_layer = layer.get_base_layer()
+    x = input_of(base_layer, input_shape, dtype)
     weight = paper_weight(base_layer.weight, *scale_and_shift(layer), getattr(base_layer, "groups", 1))
     expected = base_forward(base_layer, x, weight)
 
@@ -84,7 +102,8 @@ def test_output_is_the_papers_formula(make_layer, input_shape, dtype, train, pap
 
 @each_layer
 def test_an_untrained_adapter_changes_nothing(make_layer, input_shape, dtype, relative_error):
-    base_layer, x = make_layer().to(dtype), torch.randn(input_shape).to(dtype)
+    base_layer = make_layer().to(dtype)
+    x = input_of(base_layer, input_shape, dtype)
     assert relative_error(tuned(base_layer)(x), base_layer(x)) < PRECISION[dtype]
 
 
@@ -92,18 +111,21 @@ def test_an_untrained_adapter_changes_nothing(make_layer, input_shape, dtype, re
 def test_gradients_are_those_of_the_papers_formula(
     make_layer, input_shape, dtype, train, paper_weight, relative_error
 ):
-    layer, x = train(tuned(make_layer().to(dtype))), torch.randn(input_shape).to(dtype).requires_grad_()
+    layer = train(tuned(make_layer().to(dtype)))
     base_layer = layer.get_base_layer()
+    x = input_of(base_layer, input_shape, dtype)
+    learned = [x.requires_grad_()] if x.is_floating_point() else []
+    learned += scale_and_shift(layer)
     cotangent = torch.randn_like(base_layer(x))
     layer(x).backward(cotangent)
 
-    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *scale_and_shift(layer))]
-    weight = paper_weight(base_layer.weight, *exact[1:], getattr(base_layer, "groups", 1))
-    base_forward(base_layer, exact[0], weight).backward(cotangent.double())
+    exact = [tensor.detach().double().requires_grad_() for tensor in learned]
+    weight = paper_weight(base_layer.weight, *exact[-2:], getattr(base_layer, "groups", 1))
+    base_forward(base_layer, exact[0] if x.is_floating_point() else x, weight).backward(cotangent.double())
 
-    clipped = exact[2].grad == 0
+    clipped = exact[-1].grad == 0
     assert 0 < clipped.sum() < len(clipped)
-    for actual, expected in zip((x, *scale_and_shift(layer)), exact, strict=True):
+    for actual, expected in zip(learned, exact, strict=True):
         assert relative_error(actual.grad, expected.grad) < 4 * PRECISION[dtype]
     for parameter in scale_and_shift(layer):
         assert torch.all(parameter.grad[clipped] == 0)
@@ -114,8 +136,9 @@ def test_gradients_are_those_of_the_papers_formula(
 def test_merging_gives_the_papers_weight_and_unmerging_every_bit_of_the_old_one(
     make_layer, input_shape, dtype, train, paper_weight, relative_error
 ):
-    layer, x = train(tuned(make_layer().to(dtype))), torch.randn(input_shape).to(dtype)
+    layer = train(tuned(make_layer().to(dtype)))
     base_layer = layer.get_base_layer()
+    x = input_of(base_layer, input_shape, dtype)
     state, y = copy.deepcopy(layer.state_dict()), layer(x)
     expected = paper_weight(base_layer.weight, *scale_and_shift(layer), getattr(base_layer, "groups", 1))
 
@@ -217,7 +240,7 @@ def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(input_require
     rows, in_features, rank = 50, 64, 16
     layer = train(tuned(nn.Linear(in_features, rank)))
     x = torch.randn(rows, in_features, requires_grad=input_requires_grad)
-    held = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(layer.parameters(), layer.buffers())}
+    held = held_storages(layer)
     kept = {}
 
     def pack(tensor):

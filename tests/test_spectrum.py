@@ -115,12 +115,31 @@ def test_a_small_but_genuine_singular_value_is_kept():
     assert Spectrum(weight).left[0].norm(dim=0).min() > 0.99
 
 
+FACTORS = ("left", "singular_values", "right")
+
+
 def test_the_factors_enter_no_state_dict_but_follow_their_module():
     module = Spectrum(torch.randn(2, 6, 4))
     assert module.state_dict() == {}
-    assert list(module.parameters()) == []
+    assert list(module.parameters()) == list(module.buffers()) == []
     for other in [copy.deepcopy(module), saved_and_loaded(module)]:
-        for name, tensor in module.named_buffers():
-            assert torch.equal(other.get_buffer(name), tensor)
-            assert other.get_buffer(name).data_ptr() != tensor.data_ptr()
-    assert {tensor.device.type for tensor in copy.deepcopy(module).to("meta").buffers()} == {"meta"}
+        for name in FACTORS:
+            assert torch.equal(getattr(other, name), getattr(module, name))
+            assert getattr(other, name).data_ptr() != getattr(module, name).data_ptr()
+    moved = copy.deepcopy(module).to("meta")
+    assert {getattr(moved, name).device.type for name in FACTORS} == {"meta"}
+    halved = copy.deepcopy(module).bfloat16()
+    assert [getattr(halved, name).dtype for name in FACTORS] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert torch.equal(halved.singular_values, module.singular_values)
+
+
+def test_a_lower_rank_keeps_the_leading_triples_of_each_matrix():
+    matrices = torch.randn(3, 24, 40)
+    whole, leading = Spectrum(matrices), Spectrum(matrices, rank=5)
+    assert (whole.full_rank, leading.full_rank, leading.rank) == (True, False, 5)
+    assert torch.equal(leading.left, whole.left[:, :, :5])
+    assert torch.equal(leading.right, whole.right[:, :5])
+    assert torch.equal(leading.singular_values, whole.leading(whole.singular_values, 5))
+    padded = whole.padded(leading.singular_values, 5).view(3, 24)
+    assert torch.equal(padded[:, :5].flatten(), leading.singular_values)
+    assert padded[:, 5:].count_nonzero() == 0

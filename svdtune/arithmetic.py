@@ -1,0 +1,93 @@
+"""Sums of adapters. Over one basis they are sums of vectors, so they are exact.
+
+An adapter changes W by U diag(delta) Vᵀ with delta = relu(A * S + B) - S. For weights w, the sum of adapters is the
+adapter of sum(w * delta), and A = 1, B = sum(w * delta) without a ReLU holds that exactly. Only delta is linear: where
+the ReLU of an adapter is at zero, doubling its A and B does not double its delta, and where the sum turns a singular
+value negative, a ReLU would cut it off. So the sum has none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Literal
+
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from torch import Tensor, nn
+
+from svdtune.config import SVDScaleShiftConfig
+from svdtune.kinds import ParamWrapper
+from svdtune.layer import SVDScaleShiftLayer
+
+COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+def combine_changes(
+    changes: list[Tensor],
+    weights: Tensor,
+    combination_type: str,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"],
+) -> Tensor:
+    """The weighted combination of several adapters' changes of one layer's singular values.
+
+    Shapes: changes (r,) each, weights (len(changes),); returns (r,).
+    """
+    if combination_type == "linear":
+        return task_arithmetic(changes, weights)
+    if combination_type == "magnitude_prune":
+        return magnitude_prune(changes, weights, density)
+    if combination_type == "dare_linear":
+        return dare_linear(changes, weights, density)
+    combine = ties if combination_type == "ties" else dare_ties
+    return combine(changes, weights, density, majority_sign_method)
+
+
+def check_combination(combination_type: str, density: float | None) -> None:
+    """Raises a ValueError if there is no such combination, or if it lacks its density."""
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"`combination_type` is {combination_type!r}; it can be {', '.join(COMBINATIONS)}.")
+    if combination_type != "linear" and density is None:
+        raise ValueError(f"combination_type {combination_type!r} needs a `density` between 0 and 1.")
+
+
+def config_of_combination(
+    configs: list[SVDScaleShiftConfig], adapters: list[str], layers: dict[str, SVDScaleShiftLayer]
+) -> SVDScaleShiftConfig:
+    """The config of an adapter that tunes all that one of ``adapters`` does, at the highest rank that one of them has.
+
+    Args:
+        configs: The adapters' configs.
+        adapters: Their names.
+        layers: The layers that they tune, by name in the model.
+    """
+    rank_pattern: dict[str, int | float] = {
+        re.escape(_name_of_target(name)): max(layer.rank[adapter] for adapter in adapters if adapter in layer.rank)
+        for name, layer in layers.items()
+    }
+    return replace(
+        configs[0],
+        target_modules=sorted({_name_of_target(name) for name, layer in layers.items() if _is_a_target(layer)}),
+        target_parameters=sorted({name for config in configs for name in config.target_parameters or []}) or None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        exclude_modules=None,
+        rank=None,
+        rank_pattern=rank_pattern,
+        scale=True,
+        shift=True,
+        nonlinearity="none",
+        bias="none",
+        init_weights=True,
+        fingerprints=None,
+    )
+
+
+def _name_of_target(layer_name: str) -> str:
+    """The name that a layer's module had before wrappers were put around it."""
+    return layer_name.replace(".base_layer", "")
+
+
+def _is_a_target(layer: SVDScaleShiftLayer) -> bool:
+    """Whether the layer stands for a module that was targeted, and not for a bare parameter of one."""
+    return not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), nn.MultiheadAttention)

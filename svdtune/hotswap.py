@@ -1,0 +1,76 @@
+"""Another adapter in the place of one that is loaded, without touching the model around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from svdtune.adapter_state import check_fingerprints
+from svdtune.config import SVDScaleShiftConfig
+from svdtune.layer import SVDScaleShiftLayer
+
+# What a loaded adapter's layers were made with, beyond the shapes of their values.
+MUST_AGREE = ("nonlinearity", "scale", "shift", "bias")
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **download_options: Any
+) -> None:
+    """Overwrites the values of a loaded adapter, in place, with those of a saved one.
+
+    Nothing is decomposed, moved or allocated on the model's device, and a compiled model is not compiled again.
+
+    Args:
+        model: A model with the adapter, compiled or not: a `PeftModel`, or a model of transformers.
+        model_name_or_path: Folder or hub name of the adapter to put in its place.
+        adapter_name: The loaded adapter.
+        download_options: ``subfolder``, ``revision``, ``token`` and the like, for the hub.
+
+    Raises:
+        ValueError: if there is no such adapter, if it is merged, or if the saved one tunes other layers or ranks, or
+            in another way. The loaded adapter is then as it was.
+    """
+    model = getattr(model, "_orig_mod", model)
+    loaded: SVDScaleShiftConfig = model.peft_config.get(adapter_name)  # type: ignore[union-attr, operator]
+    if loaded is None:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace; load one first.")
+    if any(
+        adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, SVDScaleShiftLayer)
+    ):
+        raise ValueError(f"The adapter {adapter_name!r} is merged; unmerge_adapter() before replacing it.")
+    config = SVDScaleShiftConfig.from_pretrained(model_name_or_path, **download_options)
+    for name in MUST_AGREE:
+        if getattr(config, name) != getattr(loaded, name):
+            raise ValueError(
+                f"{model_name_or_path} cannot take the place of {adapter_name!r}: its `{name}` is "
+                f"{getattr(config, name)!r}, and not {getattr(loaded, name)!r}."
+            )
+    config.measured_fingerprints = loaded.measured_fingerprints
+    check_fingerprints(adapter_name, config)
+    state_dict = load_peft_weights(model_name_or_path, device="cpu", **download_options)
+    _check_same_shapes(
+        model_name_or_path,
+        state_dict,
+        get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False),
+    )
+    set_peft_model_state_dict(model, state_dict, adapter_name)
+    loaded.fingerprints = config.fingerprints
+
+
+def _check_same_shapes(source: str, given: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    # A model that transformers made has no wrapper around it, so its names lack the wrapper's.
+    shapes, wanted = (
+        {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in state.items()}
+        for state in (given, loaded)
+    )
+    differing = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+    if differing:
+        key = differing[0]
+        found = f"is {shapes[key]}" if key in shapes else "is missing"
+        expected = f"not {wanted[key]}" if key in wanted else "should not be there"
+        raise ValueError(
+            f"{source} cannot take the loaded adapter's place: {len(differing)} values differ, {key} {found} and "
+            f"{expected}."
+        )

@@ -1,0 +1,181 @@
+"""The kinds of layers that can be tuned: how each one's weight is a batch of matrices, and how it multiplies."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
+
+from svdtune.config import SVDScaleShiftConfig
+from svdtune.functional import scaled_convolution, scaled_embedding, scaled_linear, weight_change
+from svdtune.layer import SVDScaleShiftLayer
+
+
+class Linear(SVDScaleShiftLayer):
+    """`nn.Linear` or a quantised kin of it, its weight one matrix (1, out, in)."""
+
+    def to_matrices(self, weight: Tensor) -> Tensor:
+        return weight.unsqueeze(0)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices[0]
+
+    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return scaled_linear(x, self.spectrum.left[0], values, self.spectrum.right[0], bias)
+
+
+class Conv1D(Linear):
+    """transformers' Conv1D, a linear layer that holds its weight as (in, out)."""
+
+    def to_matrices(self, weight: Tensor) -> Tensor:
+        return weight.mT.unsqueeze(0)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices[0].mT
+
+
+class Convolution(SVDScaleShiftLayer):
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, its weight one matrix a group, (g, out/g, in/g * kh * kw)."""
+
+    def features(self, matrices: Tensor) -> tuple[int, int]:
+        return self._convolution.in_channels, self._convolution.out_channels
+
+    def to_matrices(self, weight: Tensor) -> Tensor:
+        groups = self._convolution.groups
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices.reshape(self.weight.shape)
+
+    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        return scaled_convolution(x, self.spectrum.left, values, self.spectrum.right, bias, self._convolution)
+
+    @property
+    def _convolution(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
+
+class Embedding(SVDScaleShiftLayer):
+    """`nn.Embedding`, its weight one matrix (1, rows, features)."""
+
+    def features(self, matrices: Tensor) -> tuple[int, int]:
+        return matrices.shape[1], matrices.shape[2]
+
+    def to_matrices(self, weight: Tensor) -> Tensor:
+        return weight.unsqueeze(0)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices[0]
+
+    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        result = scaled_embedding(x, self.spectrum.left[0], values, self.spectrum.right[0])
+        scale = self._get_embed_scale()  # some models' embeddings multiply what they look up
+        return result if scale is None else result * scale.to(result.dtype)
+
+
+class ParamWrapper(SVDScaleShiftLayer):
+    """A module that reads one of its parameters itself, such as fused experts or `nn.MultiheadAttention`.
+
+    The parameter is replaced by W' = W + U diag(delta) Vᵀ while the module runs: exactly W at the start, but built at
+    every call. Several parameters of a module are tuned by wrappers around one another. (PEFT knows wrappers of
+    parameters by this class's name.)
+
+    Args:
+        parameter_name: The parameter, (out, in) or (g, out, in), by its name in the innermost module.
+        groups: How many matrices a two-dimensional parameter stacks on one another.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        parameter_name: str,
+        adapter_name: str,
+        config: SVDScaleShiftConfig,
+        rank_pattern_key: str | None = None,
+        quantization_backend: QuantizationBackend | None = None,
+        groups: int = 1,
+    ) -> None:
+        self.parameter_name = parameter_name
+        self.groups = groups
+        super().__init__(base_layer, adapter_name, config, rank_pattern_key, quantization_backend)
+
+    def to_matrices(self, weight: Tensor) -> Tensor:
+        if weight.ndim not in (2, 3):
+            raise ValueError(
+                f"its parameter {self.parameter_name} has {weight.ndim} dimensions, and not two or three."
+            )
+        return weight if weight.ndim == 3 else weight.unflatten(0, (self.groups, -1))
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices.reshape(self.weight.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the module holds it."""
+        return self.get_base_layer().get_parameter(self.parameter_name)
+
+    def get_base_weight(self) -> Tensor:
+        return self.weight.data
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        self.weight.data = weight_data
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None and any(self.has_adapter(name) for name in adapter_names):
+            raise ValueError(f"svdtune.ParamWrapper of {self.parameter_name} does not support mixed adapter batches.")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        change = None if self.disable_adapters or self.merged else self._change_of_active_adapters()
+        if change is None:
+            return self.base_layer(*args, **kwargs)
+        weight = self.weight
+        difference = self.from_matrices(weight_change(self.spectrum.left, change, self.spectrum.right))
+        adapted = (weight.to(difference.dtype) + difference).to(weight.dtype)
+        return torch.func.functional_call(self.base_layer, {self._path_in_base_layer(): adapted}, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The innermost module, with what all wrappers around it have learned if ``merge``."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # Answers nn.TransformerEncoderLayer, which in eval mode would read the attention's weights without calling it.
+        return False
+
+    def _path_in_base_layer(self) -> str:
+        path, layer = self.parameter_name, self.base_layer
+        while isinstance(layer, ParamWrapper):
+            path, layer = f"base_layer.{path}", layer.base_layer
+        return path
+
+    def _weight_key(self, prefix: str) -> str:
+        return f"{prefix}base_layer.{self._path_in_base_layer()}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Other modules may ask the wrapped one for its attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+LAYER_KINDS: dict[type[nn.Module], type[SVDScaleShiftLayer]] = {
+    nn.Linear: Linear,
+    TransformersConv1D: Conv1D,
+    nn.Conv1d: Convolution,
+    nn.Conv2d: Convolution,
+    nn.Conv3d: Convolution,
+    nn.Embedding: Embedding,
+}
