@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
@@ -49,6 +50,12 @@ def check_combination(combination_type: str, density: float | None) -> None:
         raise ValueError(f"`combination_type` is {combination_type!r}; it can be {', '.join(COMBINATIONS)}.")
     if combination_type != "linear" and density is None:
         raise ValueError(f"combination_type {combination_type!r} needs a `density` between 0 and 1.")
+
+
+def count_shared_modules_to_save(model: nn.Module, adapters: list[str]) -> int:
+    """How many modules more than one of the adapters has a copy of, trained whole."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return sum(len(set(adapters) & set(wrapper.modules_to_save)) > 1 for wrapper in wrappers)
 
 
 def config_of_combination(

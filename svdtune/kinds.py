@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D as TransformersConv1D
+from transformers.pytorch_utils import Conv1D
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.functional import scaled_convolution, scaled_embedding, scaled_linear, weight_change
@@ -27,8 +29,11 @@ class Linear(SVDScaleShiftLayer):
         return scaled_linear(x, self.spectrum.left[0], values, self.spectrum.right[0], bias)
 
 
-class Conv1D(Linear):
-    """transformers' Conv1D, a linear layer that holds its weight as (in, out)."""
+class LinearConv1D(Linear):
+    """transformers' Conv1D, a linear layer that holds its weight as (in, out).
+
+    (By the name of its class, PEFT knows it for a linear layer where "all-linear" is asked for again.)
+    """
 
     def to_matrices(self, weight: Tensor) -> Tensor:
         return weight.mT.unsqueeze(0)
@@ -115,7 +120,8 @@ class ParamWrapper(SVDScaleShiftLayer):
     @property
     def weight(self) -> Tensor:
         """The parameter as the module holds it."""
-        return self.get_base_layer().get_parameter(self.parameter_name)
+        # FSDP holds it as a plain tensor, so it is looked up as an attribute and not as a parameter.
+        return operator.attrgetter(self.parameter_name)(self.get_base_layer())
 
     def get_base_weight(self) -> Tensor:
         return self.weight.data
@@ -133,8 +139,8 @@ class ParamWrapper(SVDScaleShiftLayer):
             return self.base_layer(*args, **kwargs)
         weight = self.weight
         difference = self.from_matrices(weight_change(self.spectrum.left, change, self.spectrum.right))
-        adapted = (weight.to(difference.dtype) + difference).to(weight.dtype)
-        return torch.func.functional_call(self.base_layer, {self._path_in_base_layer(): adapted}, args, kwargs)
+        with self._parameter_reads(weight.to(difference.dtype).add(difference).to(weight.dtype)):
+            return self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -152,14 +158,26 @@ class ParamWrapper(SVDScaleShiftLayer):
         # Answers nn.TransformerEncoderLayer, which in eval mode would read the attention's weights without calling it.
         return False
 
-    def _path_in_base_layer(self) -> str:
+    @contextmanager
+    def _parameter_reads(self, tensor: Tensor) -> Iterator[None]:
+        """While open, the module that holds the parameter finds ``tensor`` under its name."""
+        path, _, name = self.parameter_name.rpartition(".")
+        attributes = self.get_base_layer().get_submodule(path).__dict__
+        # Attributes go before parameters. FSDP has made use of that itself, so what it put there comes back.
+        hidden = attributes.get(name)
+        attributes[name] = tensor
+        try:
+            yield
+        finally:
+            del attributes[name]
+            if hidden is not None:
+                attributes[name] = hidden
+
+    def _weight_key(self, prefix: str) -> str:
         path, layer = self.parameter_name, self.base_layer
         while isinstance(layer, ParamWrapper):
             path, layer = f"base_layer.{path}", layer.base_layer
-        return path
-
-    def _weight_key(self, prefix: str) -> str:
-        return f"{prefix}base_layer.{self._path_in_base_layer()}"
+        return f"{prefix}base_layer.{path}"
 
     def __getattr__(self, name: str) -> Any:
         """Other modules may ask the wrapped one for its attributes."""
@@ -173,7 +191,7 @@ class ParamWrapper(SVDScaleShiftLayer):
 
 LAYER_KINDS: dict[type[nn.Module], type[SVDScaleShiftLayer]] = {
     nn.Linear: Linear,
-    TransformersConv1D: Conv1D,
+    Conv1D: LinearConv1D,
     nn.Conv1d: Convolution,
     nn.Conv2d: Convolution,
     nn.Conv3d: Convolution,

@@ -123,7 +123,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def _changes(self, adapter_names: list[str]) -> Tensor:
         """The changes of several adapters that have rank and non-linearity in common, (adapters, g * rank)."""
-        rank, nonlinearity = self.rank[adapter_names[0]], self.nonlinearity[adapter_names[0]]
+        first = adapter_names[0]
+        rank, nonlinearity = self.rank[first], self.nonlinearity[first]
+        learned = self.svd_scale_shift_scale if first in self.svd_scale_shift_scale else self.svd_scale_shift_shift
+        if self.spectrum.left.device != learned[first].device:
+            self.spectrum.to(learned[first].device)  # FSDP moves parameters and buffers only
         singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
         scale = _stacked(self.svd_scale_shift_scale, adapter_names, torch.ones_like(singular_values))
         shift = _stacked(self.svd_scale_shift_shift, adapter_names, torch.zeros_like(singular_values))
@@ -132,8 +136,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
-        change = weight_change(self.spectrum.left, self.change_of_singular_values(adapter_name), self.spectrum.right)
-        return self.from_matrices(change)
+        delta = self.change_of_singular_values(adapter_name)
+        return self.from_matrices(weight_change(self.spectrum.left, delta, self.spectrum.right))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -277,14 +281,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         loaded = state_dict.get(key)
         if loaded is None or self.quantization_backend is not None or loaded.shape != self.weight.shape:
             return
-        known = self.weight.detach()
+        known, loaded = _whole(self.weight.detach()), _whole(loaded.detach())
         if not known.is_meta:
             loaded = loaded.to(known)
             if torch.equal(loaded, known):
                 return
         if self.merged:
             raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
-        self.spectrum = Spectrum(self.to_matrices(loaded.detach()), self.spectrum.rank)
+        self.spectrum = Spectrum(self.to_matrices(loaded), self.spectrum.rank)
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
@@ -305,6 +309,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "svdtune." + super().__repr__()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, gathered from all processes; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") and not tensor.is_meta else tensor
 
 
 def _stacked(parameters: nn.ParameterDict, adapter_names: list[str], default: Tensor) -> Tensor:

@@ -13,7 +13,12 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from svdtune.adapter_state import check_fingerprints, check_values
-from svdtune.arithmetic import check_combination, combine_changes, config_of_combination
+from svdtune.arithmetic import (
+    check_combination,
+    combine_changes,
+    config_of_combination,
+    count_shared_modules_to_save,
+)
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.mixed_batch import adapter_of_each_sample
@@ -44,6 +49,12 @@ class SVDScaleShiftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         check_fingerprints(adapter_name, self.peft_config[adapter_name])
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """Looks up the default targets; a model that has none needs none where parameters are targeted."""
+        if peft_config.target_parameters and model_config["model_type"] not in self.target_module_mapping:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _create_and_replace(  # type: ignore[override]  # PEFT passes our own config
         self,
         config: SVDScaleShiftConfig,
@@ -71,11 +82,11 @@ class SVDScaleShiftModel(BaseTuner):
             config.measured_fingerprints[name] = layer.spectrum.fingerprint(layer.rank[adapter_name])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, SVDScaleShiftLayer):
-            # What comes off is whole. PEFT would set its `weight`, which neither an HQQ layer nor experts have.
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(new_module, SVDScaleShiftLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # A module that comes back is whole. PEFT would set its `weight`, which HQQ's layers and experts have not.
+            setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leaves A and B in float32, as they are made, unless the dtype of the base weight is asked for."""
@@ -127,7 +138,8 @@ class SVDScaleShiftModel(BaseTuner):
             majority_sign_method: "total" or "frequency", for the two kinds of ties.
 
         Raises:
-            ValueError: for an unknown adapter or combination, a name that is taken, or another number of weights.
+            ValueError: for an unknown adapter or combination, a name that is taken, another number of weights, or
+                adapters that each have a copy of one module (``modules_to_save``), which are not added.
         """
         check_combination(combination_type, density)
         unknown = [name for name in adapters if name not in self.peft_config]
@@ -139,6 +151,13 @@ class SVDScaleShiftModel(BaseTuner):
             raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already.")
+
+        shared = count_shared_modules_to_save(self.model, adapters)
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{shared} such instance(s)."
+            )
 
         layers = {
             name: layer

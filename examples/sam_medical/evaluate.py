@@ -20,7 +20,7 @@ from ssam.files import write_json
 from ssam.metrics import score_labels
 from ssam.options import EvaluateOptions, parse_options
 from ssam.report import draw_overlays, format_table, scores_as_json
-from ssam.runtime import prepare_process
+from ssam.runtime import check_processes, end_together, prepare_process
 
 
 @one_line_errors
@@ -32,6 +32,7 @@ def main() -> None:
     model, text_embeddings, task = load_adapter(Path(options.adapter), options.backbone)
 
     accelerator = Accelerator(mixed_precision="no")
+    check_processes(accelerator)
     loader = accelerator.prepare(evaluation_loader(dataset, task.image_size, options.batch_size))
     model, text_embeddings = model.to(accelerator.device), text_embeddings.to(accelerator.device)
     scores = score_labels(
@@ -43,6 +44,7 @@ def main() -> None:
         if options.overlays:
             images = evaluation_loader(dataset, task.image_size, batch_size=1)
             draw_overlays(predict_masks(model, images, text_embeddings), task.labels, Path(options.overlays))
+    end_together(accelerator)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from ssam.metrics import LabelScores, mean_dice, score_labels
 from ssam.model import TextPromptedSam
 from ssam.options import TrainOptions, parse_options
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
-from ssam.runtime import prepare_process
+from ssam.runtime import check_processes, end_together, prepare_process
 from ssam.text import encode_labels
 
 
@@ -69,6 +69,7 @@ def main() -> None:
         raise UserError(f"{output} holds a finished run; replace it with --overwrite, or give another --output-dir.")
     prepare_process()
     accelerator = make_accelerator(options)
+    check_processes(accelerator)
     set_seed(options.seed)
 
     splits = {
@@ -91,6 +92,7 @@ def main() -> None:
     progress = train(accelerator, peft_model, text_embeddings, splits, task, options, started)
     if progress.step < options.steps:
         accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
+        end_together(accelerator)
         sys.exit(130)
 
     scores = score_best_adapter(accelerator, splits["test"], options)
@@ -108,6 +110,7 @@ def main() -> None:
         print(format_table(scores))
         for name in ("adapter", "metrics.json", "curves.png", "overlays"):
             print(f"{name:<12} {output / name}")
+    end_together(accelerator)
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -200,7 +203,7 @@ def train(
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses_of_step.append(loss.item())
+            losses_of_step.append(accelerator.reduce(loss.detach(), reduction="mean").item())
             if not accelerator.sync_gradients:
                 continue
 

@@ -155,7 +155,7 @@ def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path)
             "error: target_modules 'nothing.*': matches no layer; their names are like image",
         ),
         ({"target_modules": "(qkv"}, "error: target_modules '(qkv': missing )"),
-        ({"target_modules": ".*layer_norm1"}, "it is SamLayerNorm, and not nn.Linear, nn.Conv2d"),
+        ({"target_modules": ".*layer_norm1"}, "it is SamLayerNorm, and none of Linear"),
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
         ({"backbone": tmp_path}, "holds a model of type None, and not 'sam'"),
@@ -191,7 +191,7 @@ def test_an_adapter_is_refused_by_another_base_and_when_damaged(run, options, tm
     weights = adapter / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.lin1" not in name}, weights)
-    with pytest.raises(SystemExit, match=r"does not fit its own configuration: 2 tensors .*layers\.1\.mlp\.lin1"):
+    with pytest.raises(SystemExit, match=r"is damaged .*2 of its values are missing, .*layers\.1\.mlp\.lin1"):
         run(evaluate, **arguments)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SystemExit, match=r"adapter_model\.safetensors is damaged"):

@@ -1,0 +1,1 @@
+"""PEFT's own test-suite, run against `SVDScaleShiftConfig`: `make conformance`."""

@@ -1,0 +1,125 @@
+"""One run by two processes of `accelerate launch`, which average their gradients over gloo on the CPU."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from ssam.errors import UserError
+from ssam.runtime import check_processes
+
+STEPS = 40
+LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+LAUNCHER += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+
+def flags(options):
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture
+def options(glas_folder, tiny_sam_folder, tiny_clip_folder):
+    """A run that is validated at its end only, so that its adapter is what the last step left."""
+    return {
+        "dataset": "glas",
+        "data_root": glas_folder,
+        "backbone": tiny_sam_folder,
+        "text_encoder": tiny_clip_folder,
+        "image_size": 32,
+        "steps": STEPS,
+        "learning_rate": 0.01,
+        "validate_every": STEPS,
+    }
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs a command in this process."""
+
+    def run_here(command, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr("sys.argv", [command.__name__, *flags(options)])
+        command.main()
+
+    return run_here
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts train.py with the launcher, in a process group of its own and with its output in a file."""
+    launched = []
+
+    def launch(log, **options):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *LAUNCHER, train.__file__, *flags(options)],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        launched.append(process)
+        return process
+
+    yield launch
+    for process in launched:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run_here, options, tmp_path):
+    two = {**options, "batch_size": 1, "output_dir": tmp_path / "two"}
+    log = tmp_path / "log"
+    launched = launch(log, **two)
+    while not re.search(rf"[1-9]/{STEPS} \[", log.read_text()):  # a first step of both
+        assert launched.poll() is None, log.read_text()
+        time.sleep(0.02)
+    os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C does in a terminal
+    launched.wait()
+    stopped = re.search(r"Stopped after step (\d+)", log.read_text())
+    assert stopped and int(stopped[1]) < STEPS, log.read_text()
+
+    resumed = launch(log, **two, resume=True)
+    run_here(train, **options, batch_size=2, output_dir=tmp_path / "one")
+    assert resumed.wait() == 0, log.read_text()
+    assert f"Going on after step {stopped[1]} of {STEPS}." in log.read_text()
+    assert log.read_text().count("glands  0.") == 1
+
+    files = [{str(path.relative_to(tmp_path / run)) for path in (tmp_path / run).rglob("*")} for run in ("one", "two")]
+    assert {"adapter/adapter_model.safetensors", "metrics.json", "curves.png", "overlays/testA_1.png"} <= files[0]
+    assert files[0] == files[1]
+
+    alone, shared = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shared[name], tensor, atol=1e-4, rtol=1e-4)
+
+    arguments = {"adapter": tmp_path / "two" / "adapter", "data_root": options["data_root"]}
+    run_here(evaluate, **arguments, output=tmp_path / "again.json")
+    dice, again = (
+        json.loads((tmp_path / path).read_text())["test"]["mean_dice"] for path in ("two/metrics.json", "again.json")
+    )
+    assert again == pytest.approx(dice, abs=1e-4)
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch):
+    """Without a GPU, accelerate lets each train for itself, into one folder, unless told to use the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were launched.* set ACCELERATE_USE_CPU=true"):
+        check_processes(accelerator)
