@@ -34,7 +34,7 @@ TEXTS := simple-icd-10-cm==1.5.0
 REFERENCES := segment-anything==1.0 torchvision==0.29.2
 # For the tests of quantised models, on sys.path in pytest only (see pyproject.toml): wherever it is installed, importing
 # peft imports it too. All it needs is there already.
-QUANTIZERS := bitsandbytes==0.50.2
+QUANTIZERS := bitsandbytes==0.50.2 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0 torchao==0.18.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(INSTALLED): pyproject.toml constraints.txt

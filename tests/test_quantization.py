@@ -1,8 +1,6 @@
 """A quantised base model: only the adapter learns, and every bit of the base model comes back.
 
-`make test` brings bitsandbytes. The rows of HQQ and torchao run where these are beside it:
-
-    .venv/bin/python -m pip install --no-deps --target .venv/quantizers hqq einops termcolor torchao
+`make test` brings bitsandbytes, HQQ and torchao; without them their rows are skipped.
 """
 
 import copy
