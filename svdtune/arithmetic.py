@@ -9,6 +9,7 @@ value negative, a ReLU would cut it off. So the sum has none.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from typing import Literal
 
@@ -44,12 +45,16 @@ def combine_changes(
     return combine(changes, weights, density, majority_sign_method)
 
 
-def check_combination(combination_type: str, density: float | None) -> None:
-    """Raises a ValueError if there is no such combination, or if it lacks its density."""
+def check_combination(combination_type: str, density: float | None, majority_sign_method: str) -> None:
+    """Raises a ValueError if there is no such combination, or if what it needs is missing or cannot be."""
     if combination_type not in COMBINATIONS:
         raise ValueError(f"`combination_type` is {combination_type!r}; it can be {', '.join(COMBINATIONS)}.")
     if combination_type != "linear" and density is None:
         raise ValueError(f"combination_type {combination_type!r} needs a `density` between 0 and 1.")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"`density` is {density}; it can be above 0 and up to 1.")
+    if majority_sign_method not in ("total", "frequency"):
+        raise ValueError(f"`majority_sign_method` is {majority_sign_method!r}; it can be total, frequency.")
 
 
 def count_shared_modules_to_save(model: nn.Module, adapters: list[str]) -> int:
@@ -69,16 +74,23 @@ def config_of_combination(
         layers: The layers that they tune, by name in the model.
     """
     rank_pattern: dict[str, int | float] = {
-        re.escape(_name_of_target(name)): max(layer.rank[adapter] for adapter in adapters if adapter in layer.rank)
+        f"^{re.escape(_name_of_target(name, layer))}": max(layer.rank.get(adapter, 0) for adapter in adapters)
         for name, layer in layers.items()
     }
+    targets = sorted({re.escape(_name_of_target(name, layer)) for name, layer in layers.items() if _is_module(layer)})
+    if any(config.modules_to_save or config.trainable_token_indices for config in configs):
+        message = "Modules and tokens that the adapters have trained whole take no part in their combination."
+        warnings.warn(message, stacklevel=3)
     return replace(
         configs[0],
-        target_modules=sorted({_name_of_target(name) for name, layer in layers.items() if _is_a_target(layer)}),
+        # As a regular expression, which has to match whole names where a list matches their ends.
+        target_modules="|".join(targets) if targets else [],
         target_parameters=sorted({name for config in configs for name in config.target_parameters or []}) or None,
         layers_to_transform=None,
         layers_pattern=None,
         exclude_modules=None,
+        modules_to_save=None,
+        trainable_token_indices=None,
         rank=None,
         rank_pattern=rank_pattern,
         scale=True,
@@ -90,11 +102,12 @@ def config_of_combination(
     )
 
 
-def _name_of_target(layer_name: str) -> str:
-    """The name that a layer's module had before wrappers were put around it."""
-    return layer_name.replace(".base_layer", "")
+def _name_of_target(layer_name: str, layer: SVDScaleShiftLayer) -> str:
+    """The name of a layer's module before wrappers were put around it; of the parameter, if that is the target."""
+    name = layer_name.replace(".base_layer", "")
+    return name if _is_module(layer) else f"{name}.{layer.parameter_name}"
 
 
-def _is_a_target(layer: SVDScaleShiftLayer) -> bool:
+def _is_module(layer: SVDScaleShiftLayer) -> bool:
     """Whether the layer stands for a module that was targeted, and not for a bare parameter of one."""
     return not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), nn.MultiheadAttention)

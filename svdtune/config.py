@@ -41,12 +41,13 @@ class SVDScaleShiftConfig(PeftConfig):
         shift: Whether to learn B; otherwise it stays zero.
         nonlinearity: "relu", as in the paper, or "none", which lets singular values turn negative.
         bias: Which biases of the base model learn with the adapter: "none", "all", or "svd_scale_shift_only" for
-            those of the tuned layers.
+            those of the tuned linear layers and convolutions.
         modules_to_save: Modules trained whole and saved with the adapter, such as norms or a new head.
         trainable_token_indices: Rows of the input embedding to train, or of the embeddings that a dictionary names.
         init_weights: If False, A and B start at random values near the identity instead of on it; for tests.
         strict: Whether to refuse, instead of warn, when the adapter is loaded onto a base whose singular vectors
-            differ from those that it was made for. Give it when loading; it is not saved.
+            differ from those that it was made for. It is not saved: give it to ``PeftModel.from_pretrained``, or set
+            it on a config that was read with `from_pretrained` and is passed along.
         fingerprints: What each tuned weight answered to fixed changes of its singular values when the adapter was
             made (see `Spectrum.fingerprint`). Filled in when the adapter is saved.
     """
@@ -103,6 +104,10 @@ class SVDScaleShiftConfig(PeftConfig):
             raise ValueError("`layers_pattern` needs `target_modules` as a list of names, not as a string.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` does nothing without `layers_to_transform`: give both or neither.")
+        self.rank_pattern = self.rank_pattern or {}
+        for name in ("scale", "shift", "strict", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it can be True or False.")
         if not (self.scale or self.shift):
             raise ValueError("Nothing would learn: `scale` and `shift` cannot both be False.")
         _check_choice("nonlinearity", self.nonlinearity, ("relu", "none"))
@@ -154,8 +159,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_rank(name: str, rank: int | float | None) -> None:
-    fits = rank is None or (0 < rank <= 1 if isinstance(rank, float) else rank >= 1 and not isinstance(rank, bool))
-    if not fits:
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    fraction = isinstance(rank, float) and 0 < rank <= 1
+    if not (rank is None or whole or fraction):
         raise ValueError(
             f"`{name}` is {rank!r}; it can be a number from 1 up, a fraction in (0.0, 1.0], or None for all."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -45,6 +46,6 @@ def mention_plugin(folder: Path) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\ntags:\n- svdtune\n---\n"
     if "import svdtune" in card:
         return
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")  # several processes may save at once
     temporary.write_text(card.rstrip() + "\n" + HOW_TO_LOAD, encoding="utf-8")
     os.replace(temporary, path)

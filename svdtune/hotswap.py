@@ -12,7 +12,7 @@ from svdtune.config import SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
 
 # What a loaded adapter's layers were made with, beyond the shapes of their values.
-MUST_AGREE = ("nonlinearity", "scale", "shift", "bias")
+MUST_AGREE = ("nonlinearity", "scale", "shift", "bias", "trainable_token_indices")
 
 
 def hotswap_adapter(
@@ -33,7 +33,7 @@ def hotswap_adapter(
             in another way. The loaded adapter is then as it was.
     """
     model = getattr(model, "_orig_mod", model)
-    loaded: SVDScaleShiftConfig = model.peft_config.get(adapter_name)  # type: ignore[union-attr, operator]
+    loaded: SVDScaleShiftConfig | None = getattr(model, "peft_config", {}).get(adapter_name)
     if loaded is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace; load one first.")
     if any(
@@ -47,7 +47,7 @@ def hotswap_adapter(
                 f"{model_name_or_path} cannot take the place of {adapter_name!r}: its `{name}` is "
                 f"{getattr(config, name)!r}, and not {getattr(loaded, name)!r}."
             )
-    config.measured_fingerprints = loaded.measured_fingerprints
+    config.measured_fingerprints, config.strict = loaded.measured_fingerprints, loaded.strict
     check_fingerprints(adapter_name, config)
     state_dict = load_peft_weights(model_name_or_path, device="cpu", **download_options)
     _check_same_shapes(

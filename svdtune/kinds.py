@@ -19,14 +19,11 @@ from svdtune.layer import SVDScaleShiftLayer
 class Linear(SVDScaleShiftLayer):
     """`nn.Linear` or a quantised kin of it, its weight one matrix (1, out, in)."""
 
-    def to_matrices(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0)
-
-    def from_matrices(self, matrices: Tensor) -> Tensor:
-        return matrices[0]
-
     def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         return scaled_linear(x, self.spectrum.left[0], values, self.spectrum.right[0], bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
 
 class LinearConv1D(Linear):
@@ -40,6 +37,9 @@ class LinearConv1D(Linear):
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         return matrices[0].mT
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
 
 
 class Convolution(SVDScaleShiftLayer):
@@ -68,12 +68,6 @@ class Embedding(SVDScaleShiftLayer):
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
         return matrices.shape[1], matrices.shape[2]
-
-    def to_matrices(self, weight: Tensor) -> Tensor:
-        return weight.unsqueeze(0)
-
-    def from_matrices(self, matrices: Tensor) -> Tensor:
-        return matrices[0]
 
     def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         result = scaled_embedding(x, self.spectrum.left[0], values, self.spectrum.right[0])
@@ -126,8 +120,9 @@ class ParamWrapper(SVDScaleShiftLayer):
     def get_base_weight(self) -> Tensor:
         return self.weight.data
 
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        self.weight.data = weight_data
+    def _set_parameter(self, parameter: nn.Parameter) -> None:
+        path, _, name = self.parameter_name.rpartition(".")
+        setattr(self.get_base_layer().get_submodule(path), name, parameter)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None and any(self.has_adapter(name) for name in adapter_names):

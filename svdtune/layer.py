@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -23,8 +23,9 @@ BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter 
 class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     """A frozen layer of which named adapters scale and shift the singular values.
 
-    A subclass says how its weight is a batch of matrices (`to_matrices`, `from_matrices`) and how its input is
-    multiplied with them (`product`). Several active adapters add their changes of the singular values.
+    A subclass says how its input is multiplied with the weight (`product`), and how the weight is a batch of matrices
+    where it is not one (`to_matrices`, `from_matrices`). Several active adapters add their changes of the singular
+    values.
 
     Args:
         base_layer: The layer to tune.
@@ -40,13 +41,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         svd_scale_shift_shift: B of each adapter that learns it, (g * rank,), in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
+        fingerprint_records: For each adapter, where its fingerprint is kept, and under which name.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
     adapter_layer_names = ("svd_scale_shift_scale", "svd_scale_shift_shift")
-    other_param_names = ("rank", "nonlinearity")
+    other_param_names = ("rank", "nonlinearity", "fingerprint_records")
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.svd_scale_shift_shift = nn.ParameterDict()
         self.rank: dict[str, int] = {}
         self.nonlinearity: dict[str, str] = {}
+        self.fingerprint_records: dict[str, tuple[dict[str, list[float]], str]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -78,7 +81,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter, or resets the one of that name."""
         rank = config.rank_of(rank_pattern_key, self.available_rank)
         if rank > self.spectrum.rank:
-            self.spectrum = Spectrum(self._checked_matrices(), rank)
+            self._decompose(self._checked_matrices(), rank)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
         values = self.spectrum.leading(self.spectrum.singular_values, rank)
@@ -92,17 +95,27 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def record_fingerprint(self, adapter_name: str, records: dict[str, list[float]], name: str) -> None:
+        """Writes an adapter's fingerprint into ``records``, now and whenever the weight is decomposed again."""
+        self.fingerprint_records[adapter_name] = (records, name)
+        records[name] = self.spectrum.fingerprint(self.rank[adapter_name])
+
+    def _decompose(self, matrices: Tensor, rank: int) -> None:
+        self.spectrum = Spectrum(matrices, rank)
+        for adapter_name, (records, name) in self.fingerprint_records.items():
+            self.record_fingerprint(adapter_name, records, name)
+
     def features(self, matrices: Tensor) -> tuple[int, int]:
         """How many features, or channels, go in and come out."""
         return matrices.shape[2], matrices.shape[1]
 
     def to_matrices(self, weight: Tensor) -> Tensor:
-        """The weight as matrices to decompose, (g, out, in)."""
-        raise NotImplementedError
+        """The weight as matrices to decompose, (g, out, in); as one, unless a subclass says otherwise."""
+        return weight.unsqueeze(0)
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         """The reverse of `to_matrices`: matrices (g, out, in) in the shape of the weight."""
-        raise NotImplementedError
+        return matrices[0]
 
     def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for a weight U diag(values) Vᵀ, where values are (g * rank,), or (B, g * rank)."""
@@ -139,9 +152,6 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         delta = self.change_of_singular_values(adapter_name)
         return self.from_matrices(weight_change(self.spectrum.left, delta, self.spectrum.right))
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
@@ -156,13 +166,20 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if change is None:
             return self.base_layer(x, *args, **kwargs)
 
-        if self.spectrum.full_rank and self.quantization_backend is None:
-            bias = getattr(self.get_base_layer(), "bias", None)
+        if self.spectrum.full_rank and not self._base_layer_must_run():
+            bias = getattr(self.base_layer, "bias", None)
             return self.product(x, self.spectrum.singular_values + change, bias)
         result = self.base_layer(x, *args, **kwargs)
         # A quantised layer takes other dtypes than its own weight's, and answers in them.
-        x = x.to(self.spectrum.left.dtype) if x.is_floating_point() and not torch.is_autocast_enabled() else x
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.spectrum.left.dtype)
         return result + self.product(x, change, None).to(result.dtype)
+
+    def _base_layer_must_run(self) -> bool:
+        """Whether it computes with a weight that is not at hand, or somebody waits for it to be called."""
+        base_layer = self.base_layer
+        hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
+        return bool(hooked) or self.quantization_backend is not None
 
     def _change_of_active_adapters(self) -> Tensor | None:
         change = None
@@ -208,21 +225,22 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self.has_adapter(name)]
         if not adapter_names:
             return
-        original = self._unmerged_weight()
         change = torch.stack([self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]).sum(0)
-        merged = (original.to(change.dtype) + change).to(original.dtype)
+        present = self.get_base_weight()
+        merged = (self._unmerged_weight().to(change) + change).to(present)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
             )
         if self.quantization_backend is None:
-            self._before_merge = original
+            # Another parameter takes its place, for other layers may share it.
+            self._before_merge = self._before_merge or (self._parameter(),)
+            self._set_parameter(nn.Parameter(merged, self._before_merge[0].requires_grad))
         else:
             # Quantising the original again may not give the same codes: keep the layer, out of the module tree.
             self._before_merge = self._before_merge or (self.base_layer,)
             self.base_layer = copy.deepcopy(self._before_merge[0])
-        self.set_base_weight(merged)
-        if self.quantization_backend is not None:
+            self.set_base_weight(merged)
             # PEFT makes a new HQQ layer, and forgets its bias.
             self.base_layer.bias = self._before_merge[0].bias
         self.merged_adapters.extend(adapter_names)
@@ -232,11 +250,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        kept = self._before_merge[0]
         if self.quantization_backend is None:
-            weight = self.get_base_weight()
-            self.set_base_weight(self._before_merge.to(device=weight.device, dtype=weight.dtype))
+            kept.data = kept.data.to(self._parameter())
+            self._set_parameter(kept)
         else:
-            self.base_layer = self._before_merge[0].train(self.training)
+            self.base_layer = kept.train(self.training)
         self._before_merge = None
         self.merged_adapters.clear()
 
@@ -245,8 +264,15 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             return self.get_base_weight().detach()
         if self.quantization_backend is None:
-            return self._before_merge
+            return self._before_merge[0].detach()
         return self.quantization_backend.get_base_weight(self._before_merge[0]).detach()
+
+    def _parameter(self) -> nn.Parameter:
+        """The base weight as the module holds it, merged or not."""
+        return cast(nn.Parameter, self.weight)
+
+    def _set_parameter(self, parameter: nn.Parameter) -> None:
+        self.get_base_layer().weight = parameter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves A and B, and keeps them in float32 or better whatever the dtype of the base weight.
@@ -264,14 +290,21 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device, dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and casts everything; factors that lost digits are computed anew when the weight is widened again."""
+        """Moves and casts everything, but A and B to nothing below float32: near one, bfloat16 has steps of 0.004 to
+        0.008, so that training would leave A where it is. Factors that have lost digits are computed anew when the
+        weight is widened again."""
         before = self.spectrum.left.dtype
+        learned = [parameter for name in self.adapter_layer_names for parameter in getattr(self, name).values()]
+        values = [parameter.data for parameter in learned]
         super()._apply(fn, recurse)
+        for parameter, value in zip(learned, values, strict=True):
+            if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.is_meta:
+                parameter.data = value.to(parameter.device)
         if self.merged and self.quantization_backend is not None:
             self._before_merge[0]._apply(fn, recurse)
         after = self.spectrum.left.dtype
         if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
-            self.spectrum = Spectrum(self.to_matrices(self._unmerged_weight().to(after)), self.spectrum.rank)
+            self._decompose(self.to_matrices(self._unmerged_weight().to(self.spectrum.left)), self.spectrum.rank)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -288,7 +321,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 return
         if self.merged:
             raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
-        self.spectrum = Spectrum(self.to_matrices(loaded), self.spectrum.rank)
+        self._decompose(self.to_matrices(loaded), self.spectrum.rank)
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -46,8 +47,13 @@ class SVDScaleShiftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
+        # A copy, since what is measured here must not be saved with another model that the same config is used for.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config.measured_fingerprints = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        check_fingerprints(adapter_name, self.peft_config[adapter_name])
+        check_fingerprints(adapter_name, config)
+        if not config.inference_mode:
+            config.fingerprints = None  # what is trained here is made for the weights here
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Looks up the default targets; a model that has none needs none where parameters are targeted."""
@@ -79,7 +85,7 @@ class SVDScaleShiftModel(BaseTuner):
             self._replace_module(parent, target_name, new_module, target)
             target = new_module
         for name, layer in layers_of(target, current_key, parameter_name):
-            config.measured_fingerprints[name] = layer.spectrum.fingerprint(layer.rank[adapter_name])
+            layer.record_fingerprint(adapter_name, config.measured_fingerprints, name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, SVDScaleShiftLayer):
@@ -127,6 +133,7 @@ class SVDScaleShiftModel(BaseTuner):
         """Adds an adapter that is a weighted combination of others.
 
         The linear combination is exact: its change of each weight is the weighted sum of theirs (see `arithmetic`).
+        Modules and tokens that an adapter has trained whole take no part in it, of which a warning tells.
 
         Args:
             adapters: Names of the adapters to combine.
@@ -134,14 +141,14 @@ class SVDScaleShiftModel(BaseTuner):
             adapter_name: Name of the new adapter.
             combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"; PEFT's own functions,
                 applied to the changes of the singular values.
-            density: Which share of the values the last four keep.
+            density: Which share of the values the last four keep, above 0 and up to 1.
             majority_sign_method: "total" or "frequency", for the two kinds of ties.
 
         Raises:
             ValueError: for an unknown adapter or combination, a name that is taken, another number of weights, or
                 adapters that each have a copy of one module (``modules_to_save``), which are not added.
         """
-        check_combination(combination_type, density)
+        check_combination(combination_type, density, majority_sign_method)
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
             raise ValueError(
@@ -176,6 +183,8 @@ class SVDScaleShiftModel(BaseTuner):
             ]
             changes = [layer.change_of_singular_values(adapter) for adapter, _ in ours]
             weight_vector = torch.tensor([weight for _, weight in ours], device=changes[0].device)
-            combined = combine_changes(changes, weight_vector, combination_type, density or 1.0, majority_sign_method)
+            combined = combine_changes(
+                changes, weight_vector, combination_type, 1.0 if density is None else density, majority_sign_method
+            )
             layer.svd_scale_shift_shift[adapter_name].data = layer.spectrum.leading(combined, layer.rank[adapter_name])
         self.set_requires_grad(adapter_name, False)

@@ -91,7 +91,10 @@ class Spectrum(nn.Module):
         self.left, self.right = fn(self.left), fn(self.right)
         # S stays in float32 or better: it is small, and the adapter multiplies it.
         dtype = torch.promote_types(self.right.dtype, torch.float32)
-        self.singular_values = self.singular_values.to(self.right.device, dtype)
+        if self.singular_values.is_meta:  # from where only `to_empty` leads back
+            self.singular_values = torch.empty_like(self.singular_values, dtype=dtype, device=self.right.device)
+        else:
+            self.singular_values = self.singular_values.to(self.right.device, dtype)
         return self
 
 

@@ -222,6 +222,8 @@ def test_without_targets_the_linear_layers_of_every_encoder_block_are_tuned(mode
         ({"rank": 0}, "`rank` is 0"),
         ({"rank": 1.5}, "`rank` is 1.5"),
         ({"rank": True}, "`rank` is True"),
+        ({"rank": "64"}, "`rank` is '64'"),
+        ({"scale": "no"}, "`scale` is 'no'; it can be True or False"),
         ({"rank_pattern": {"q": -1}}, r"`rank_pattern\['q'\]` is -1"),
         ({"nonlinearity": "gelu"}, "`nonlinearity` is 'gelu'; it can be 'relu', 'none'"),
         ({"bias": "lora_only"}, "`bias` is 'lora_only'"),

@@ -159,6 +159,60 @@ def test_a_float64_layer_is_tuned_in_float64(train, paper_weight, relative_error
     assert relative_error(layer(x), expected) < 1e-12
 
 
+def test_layers_that_share_a_weight_merge_and_unmerge_each_for_itself(train):
+    shared = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    shared[1].weight = shared[0].weight
+    original, x = shared[0].weight.detach().clone(), torch.randn(3, 8)
+    layers = nn.Sequential(*[train(tuned(linear)) for linear in shared])
+    expected = layers(x)
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(layers(x), expected)
+    for layer in layers:
+        layer.unmerge()
+    assert torch.equal(layers[0].weight, original)
+    assert layers[0].weight is layers[1].weight
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_a_cast_between_two_merges_is_followed(train, relative_error):
+    layer, x = train(tuned(nn.Linear(24, 40))), torch.randn(3, 24)
+    layer.update_layer("other", SVDScaleShiftConfig())
+    train(layer, "other").set_adapter(["default", "other"])
+    expected = layer(x)
+    layer.merge(adapter_names=["default"])
+    layer.bfloat16().merge(adapter_names=["other"])
+    assert relative_error(layer(x.bfloat16()), expected) < 2 * PRECISION[torch.bfloat16]
+    layer.unmerge()
+    assert relative_error(layer(x.bfloat16()), expected) < 2 * PRECISION[torch.bfloat16]
+
+
+def test_scale_and_shift_stay_in_float32_when_the_model_is_cast(train):
+    layer = train(tuned(nn.Linear(24, 40)))
+    values = [parameter.detach().clone() for parameter in scale_and_shift(layer)]
+    layer.bfloat16()
+    assert layer.weight.dtype is torch.bfloat16
+    for parameter, value in zip(scale_and_shift(layer), values, strict=True):
+        assert torch.equal(parameter, value)
+    assert {parameter.dtype for parameter in scale_and_shift(layer.double())} == {torch.float64}
+
+
+def test_hooks_of_the_base_layer_are_called():
+    layer, calls = tuned(nn.Linear(6, 4)), []
+    layer.get_base_layer().register_forward_hook(lambda *_: calls.append("forward"))
+    layer.get_base_layer().register_forward_pre_hook(lambda *_: calls.append("before"))
+    torch.testing.assert_close(layer(torch.ones(1, 6)), layer.get_base_layer()(torch.ones(1, 6)))
+    assert calls == ["before", "forward"] * 2
+
+
+def test_a_layer_goes_to_the_meta_device_and_back(train):
+    layer = train(tuned(nn.Linear(6, 4)))
+    weight = layer.weight.detach().clone()
+    layer.to("meta").to_empty(device="cpu")
+    layer.load_state_dict({"base_layer.weight": weight}, strict=False)
+    torch.testing.assert_close(layer.spectrum.singular_values, torch.linalg.svdvals(weight))
+
+
 def test_a_base_weight_changed_after_unmerging_is_the_one_merged_next():
     layer = tuned(nn.Linear(6, 4))
     layer.merge()

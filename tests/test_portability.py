@@ -210,14 +210,38 @@ def test_a_bfloat16_base_warns_and_acts_nearly_as_the_float32_one(saved, relativ
     assert relative_error(loaded(tokens).last_hidden_state, expected) < 0.05
 
 
-def test_a_config_used_for_two_models_does_not_compare_them():
-    config = SVDScaleShiftConfig(target_modules=["query"])
+def test_a_config_used_for_two_models_speaks_of_each(tmp_path):
+    config, bases, models = SVDScaleShiftConfig(target_modules=["query"]), [], []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for seed in range(2):
             base = bert()
             nn.init.normal_(base.encoder.layer[0].attention.self.query.weight, generator=torch.manual_seed(seed))
-            get_peft_model(base, config)
+            models.append(get_peft_model(copy.deepcopy(base), config))
+            bases.append(base)
+        models[0].save_pretrained(tmp_path)
+        PeftModel.from_pretrained(bases[0], tmp_path)
+    with pytest.warns(UserWarning, match="was made for other weights"):
+        PeftModel.from_pretrained(bases[1], tmp_path)
+
+
+def test_a_fingerprint_is_of_the_weights_that_the_adapter_was_trained_on(saved, tmp_path):
+    """Whether they were loaded into the tuned model, or the adapter was trained on after loading."""
+    other = bert()
+    nn.init.normal_(other.encoder.layer[0].attention.self.query.weight)
+    wrapped = get_peft_model(bert(), SVDScaleShiftConfig(target_modules=["query", "value"]))
+    key = "base_model.model.encoder.layer.0.attention.self.query.base_layer.weight"
+    wrapped.load_state_dict({key: other.encoder.layer[0].attention.self.query.weight}, strict=False)
+    with pytest.warns(UserWarning, match="was made for other weights"):
+        trained_on = PeftModel.from_pretrained(copy.deepcopy(other), saved, is_trainable=True)
+    for number, model in enumerate([wrapped, trained_on]):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            PeftModel.from_pretrained(copy.deepcopy(other), folder)
+        with pytest.warns(UserWarning, match="was made for other weights"):
+            PeftModel.from_pretrained(bert(), folder)
 
 
 FIRST_SCALE = "base_model.model.encoder.layer.0.attention.self.query.svd_scale_shift_scale"

@@ -177,9 +177,27 @@ def test_pefts_other_combinations_act_on_the_changes(combination_type, model, re
     assert 0 < kept < 16
 
 
+def test_a_sum_tunes_the_same_layers_at_the_same_ranks_and_no_others():
+    base = nn.ModuleDict({"fc": nn.Linear(8, 8), "block": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+    base["block"]["deep"] = nn.ModuleDict({"fc": nn.LayerNorm(8)})
+    config = SVDScaleShiftConfig(target_modules="fc|block.fc", rank=2, rank_pattern={"block.fc": 6})
+    model = get_peft_model(base, config)
+    model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+    ranks = [layer.rank for layer in model.modules() if hasattr(layer, "spectrum")]
+    assert ranks == [{"default": 2, "sum": 2}, {"default": 6, "sum": 6}]
+
+
+def test_a_sum_warns_of_modules_trained_whole(base):
+    model = get_peft_model(base, SVDScaleShiftConfig(target_modules=["fc"], modules_to_save=["head"]))
+    with pytest.warns(UserWarning, match="trained whole take no part"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ((["paper"], [1], "sum", "ties", 0.0), "`density` is 0.0; it can be above 0 and up to 1"),
+        ((["paper"], [1], "sum", "ties", 0.5, "most"), "`majority_sign_method` is 'most'"),
         ((["paper", "nobody"], [1, 1], "sum"), "no adapter nobody; there are paper, low, svf, elsewhere"),
         ((["paper"], [1, 1], "sum"), "1 adapters need as many weights, not 2"),
         ((["paper"], [1], "low"), "an adapter 'low' already"),
@@ -190,6 +208,12 @@ def test_pefts_other_combinations_act_on_the_changes(combination_type, model, re
 def test_a_sum_that_cannot_be_is_refused(arguments, message, model):
     with pytest.raises(ValueError, match=message):
         model.base_model.add_weighted_adapter(*arguments)
+
+
+def test_layers_that_do_not_convert_to_lora_are_named(base):
+    model = get_peft_model(base, SVDScaleShiftConfig(target_modules=["embedding", "fc"]))
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*Embedding"):
+        peft.convert_to_lora(model, rank=4)
 
 
 def test_an_adapter_converts_to_lora(base, train, relative_error):
@@ -268,7 +292,18 @@ def test_hotswap_refuses_an_adapter_of_another_sort(choices, message, base, save
     assert torch.equal(model(tokens), before)
 
 
+def test_hotswap_refuses_other_tokens(tmp_path):
+    for name, tokens in {"first": [1, 2], "second": [3, 4]}.items():
+        config = SVDScaleShiftConfig(target_modules=["fc"], trainable_token_indices={"embedding": tokens})
+        get_peft_model(Net(), config).save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(Net(), tmp_path / "first")
+    with pytest.raises(ValueError, match="its `trainable_token_indices` is"):
+        hotswap_adapter(model, tmp_path / "second")
+
+
 def test_hotswap_refuses_a_merged_or_missing_adapter(base, saved):
+    with pytest.raises(ValueError, match="no adapter 'default' to replace"):
+        hotswap_adapter(base, next(iter(saved[1])))
     folder = next(iter(saved[1]))
     model = PeftModel.from_pretrained(base, folder)
     with pytest.raises(ValueError, match="no adapter 'other' to replace"):

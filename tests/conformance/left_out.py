@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+
+from peft import PeftModelForSeq2SeqLM
+from transformers import GenerationMixin
 
 OTHER_METHOD = "makes the config of another method itself"
 NO_METHOD = "tests functions of PEFT that no method takes part in"
@@ -111,6 +115,13 @@ TESTS: dict[str, list[str]] = {
         r"test_add_adapter_rejects_duplicate_name_without_mutation\[True",
     ],
 }
+
+# PEFT 0.21.0's model for encoder-decoders asks for a method that later versions of transformers no longer have.
+NEEDED_BY_SEQ2SEQ = "_prepare_encoder_decoder_kwargs_for_generation"
+if NEEDED_BY_SEQ2SEQ in inspect.getsource(PeftModelForSeq2SeqLM) and not hasattr(GenerationMixin, NEEDED_BY_SEQ2SEQ):
+    TESTS["PeftModelForSeq2SeqLM of this PEFT fails with this transformers, whatever the method"] = [
+        "test_encoder_decoder_models.py::TestEncoderDecoderModels::",
+    ]
 
 
 def reason(test: str) -> str | None:
