@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
+from svdtune.kinds import ParamWrapper
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.spectrum import fingerprint_distance
 
@@ -48,8 +50,27 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
     }
 
 
-def check_fingerprints(adapter_name: str, config: SVDScaleShiftConfig) -> None:
+def fingerprints_of(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
+    """What each weight that an adapter tunes answers to fixed changes of its singular values, by its name."""
+    return {
+        _name_in_base_model(name, layer): layer.spectrum.fingerprint(layer.rank[adapter_name])
+        for name, layer in model.named_modules()
+        if isinstance(layer, SVDScaleShiftLayer) and layer.has_adapter(adapter_name)
+    }
+
+
+def _name_in_base_model(name: str, layer: SVDScaleShiftLayer) -> str:
+    name = re.sub(r"(^|\.)(base_model\.model|_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)", "", name).strip(".")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def check_fingerprints(adapter_name: str, config: SVDScaleShiftConfig, present: dict[str, list[float]]) -> None:
     """Compares the singular vectors that an adapter was made for with those of the model that it is loaded into.
+
+    Args:
+        adapter_name: The adapter's name.
+        config: Its config, which may hold the fingerprints of what it was made for.
+        present: The fingerprints of the model (`fingerprints_of`).
 
     Warns:
         UserWarning: with the worst layer, if they differ.
@@ -58,9 +79,9 @@ def check_fingerprints(adapter_name: str, config: SVDScaleShiftConfig) -> None:
         ValueError: instead, if ``config.strict``.
     """
     distances = {
-        name: fingerprint_distance(config.measured_fingerprints[name], made_for)
+        name: fingerprint_distance(present[name], made_for)
         for name, made_for in (config.fingerprints or {}).items()
-        if name in config.measured_fingerprints
+        if name in present
     }
     differing = {name: distance for name, distance in distances.items() if not distance <= FINGERPRINT_TOLERANCE}
     if not differing:

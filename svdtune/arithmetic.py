@@ -89,8 +89,6 @@ def config_of_combination(
         layers_to_transform=None,
         layers_pattern=None,
         exclude_modules=None,
-        modules_to_save=None,
-        trainable_token_indices=None,
         rank=None,
         rank_pattern=rank_pattern,
         scale=True,

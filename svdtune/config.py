@@ -117,7 +117,7 @@ class SVDScaleShiftConfig(PeftConfig):
             **{f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()},
         }.items():
             _check_rank(name, rank)
-        # Filled while layers are made. Not a field: a config used for another model must not speak of this one.
+        # Filled when a model is about to be saved. Not a field: what a config is used for next is another model.
         self.measured_fingerprints: dict[str, list[float]] = {}
 
     def rank_of(self, pattern: str | None, available: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from svdtune.adapter_state import check_fingerprints
+from svdtune.adapter_state import check_fingerprints, fingerprints_of
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
 
@@ -47,8 +47,8 @@ def hotswap_adapter(
                 f"{model_name_or_path} cannot take the place of {adapter_name!r}: its `{name}` is "
                 f"{getattr(config, name)!r}, and not {getattr(loaded, name)!r}."
             )
-    config.measured_fingerprints, config.strict = loaded.measured_fingerprints, loaded.strict
-    check_fingerprints(adapter_name, config)
+    config.strict = loaded.strict
+    check_fingerprints(adapter_name, config, fingerprints_of(model, adapter_name))
     state_dict = load_peft_weights(model_name_or_path, device="cpu", **download_options)
     _check_same_shapes(
         model_name_or_path,

@@ -41,14 +41,13 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         svd_scale_shift_shift: B of each adapter that learns it, (g * rank,), in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
-        fingerprint_records: For each adapter, where its fingerprint is kept, and under which name.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
     adapter_layer_names = ("svd_scale_shift_scale", "svd_scale_shift_shift")
-    other_param_names = ("rank", "nonlinearity", "fingerprint_records")
+    other_param_names = ("rank", "nonlinearity")
 
     def __init__(
         self,
@@ -65,7 +64,6 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.svd_scale_shift_shift = nn.ParameterDict()
         self.rank: dict[str, int] = {}
         self.nonlinearity: dict[str, str] = {}
-        self.fingerprint_records: dict[str, tuple[dict[str, list[float]], str]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -81,7 +79,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter, or resets the one of that name."""
         rank = config.rank_of(rank_pattern_key, self.available_rank)
         if rank > self.spectrum.rank:
-            self._decompose(self._checked_matrices(), rank)
+            self.spectrum = Spectrum(self._checked_matrices(), rank)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
         values = self.spectrum.leading(self.spectrum.singular_values, rank)
@@ -94,16 +92,6 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self.svd_scale_shift_shift[adapter_name] = nn.Parameter(shift)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def record_fingerprint(self, adapter_name: str, records: dict[str, list[float]], name: str) -> None:
-        """Writes an adapter's fingerprint into ``records``, now and whenever the weight is decomposed again."""
-        self.fingerprint_records[adapter_name] = (records, name)
-        records[name] = self.spectrum.fingerprint(self.rank[adapter_name])
-
-    def _decompose(self, matrices: Tensor, rank: int) -> None:
-        self.spectrum = Spectrum(matrices, rank)
-        for adapter_name, (records, name) in self.fingerprint_records.items():
-            self.record_fingerprint(adapter_name, records, name)
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
         """How many features, or channels, go in and come out."""
@@ -304,7 +292,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self._before_merge[0]._apply(fn, recurse)
         after = self.spectrum.left.dtype
         if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
-            self._decompose(self.to_matrices(self._unmerged_weight().to(self.spectrum.left)), self.spectrum.rank)
+            self.spectrum = Spectrum(
+                self.to_matrices(self._unmerged_weight().to(self.spectrum.left)), self.spectrum.rank
+            )
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -321,7 +311,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 return
         if self.merged:
             raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
-        self._decompose(self.to_matrices(loaded), self.spectrum.rank)
+        self.spectrum = Spectrum(self.to_matrices(loaded), self.spectrum.rank)
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""

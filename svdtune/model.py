@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from svdtune.adapter_state import check_fingerprints, check_values
+from svdtune.adapter_state import check_fingerprints, check_values, fingerprints_of
 from svdtune.arithmetic import (
     check_combination,
     combine_changes,
@@ -24,7 +23,7 @@ from svdtune.config import SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.mixed_batch import adapter_of_each_sample
 from svdtune.targets import DEFAULT_TARGET_MODULES
-from svdtune.wrapping import layers_of, new_layer, update_existing_layer
+from svdtune.wrapping import new_layer, update_existing_layer
 
 
 class SVDScaleShiftModel(BaseTuner):
@@ -47,11 +46,9 @@ class SVDScaleShiftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
-        # A copy, since what is measured here must not be saved with another model that the same config is used for.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        config.measured_fingerprints = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        check_fingerprints(adapter_name, config)
+        config = self.peft_config[adapter_name]
+        check_fingerprints(adapter_name, config, fingerprints_of(model, adapter_name))
         if not config.inference_mode:
             config.fingerprints = None  # what is trained here is made for the weights here
 
@@ -83,9 +80,6 @@ class SVDScaleShiftModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
-            target = new_module
-        for name, layer in layers_of(target, current_key, parameter_name):
-            layer.record_fingerprint(adapter_name, config.measured_fingerprints, name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, SVDScaleShiftLayer):
@@ -100,6 +94,12 @@ class SVDScaleShiftModel(BaseTuner):
             for module in self.modules():
                 if isinstance(module, SVDScaleShiftLayer):
                     module.cast_adapter(adapter_name, module.spectrum.left.dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        """Takes the fingerprints along, when an adapter is about to be saved, for its config to be saved with."""
+        config.measured_fingerprints = fingerprints_of(model, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

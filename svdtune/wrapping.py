@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -65,20 +64,12 @@ def update_existing_layer(target: nn.Module, parameter_name: str | None, **optio
         return False
     if parameter_name is not None and getattr(target, "parameter_name", None) != parameter_name:
         return False
-    for _, layer in layers_of(target, "", parameter_name):
+    layer: nn.Module = target
+    while isinstance(layer, SVDScaleShiftLayer):
         layer.update_layer(**options)
+        # An attention as a whole has one wrapper in another; a parameter has just the one.
+        layer = layer.base_layer if parameter_name is None and isinstance(layer, ParamWrapper) else nn.Identity()
     return True
-
-
-def layers_of(target: nn.Module, name: str, parameter_name: str | None) -> Iterator[tuple[str, SVDScaleShiftLayer]]:
-    """The tuned layers that stand for one target, with their names: both projections of an attention, or just one."""
-    while isinstance(target, SVDScaleShiftLayer):
-        if parameter_name is None and isinstance(target, ParamWrapper):
-            yield f"{name}.{target.parameter_name}", target
-            target = target.base_layer
-        else:
-            yield name, target
-            return
 
 
 def _tuned_attention(attention: nn.MultiheadAttention, name: str, **options: Any) -> ParamWrapper:
