@@ -129,7 +129,8 @@ class ParamWrapper(SVDScaleShiftLayer):
             raise ValueError(f"svdtune.ParamWrapper of {self.parameter_name} does not support mixed adapter batches.")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        change = None if self.disable_adapters or self.merged else self._change_of_active_adapters()
+        untuned = self.disable_adapters or self.merged or adapter_names is not None
+        change = None if untuned else self._change_of_active_adapters()
         if change is None:
             return self.base_layer(*args, **kwargs)
         weight = self.weight

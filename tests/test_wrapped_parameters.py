@@ -114,6 +114,7 @@ def test_adapters_are_saved_loaded_added_and_disabled(make_base, targets, x, gro
     assert len(wrappers(model)) == 2
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(x, adapter_names=["other"] * len(x))
+    assert torch.equal(model(x, adapter_names=["__base__"] * len(x)), base(x))
     torch.testing.assert_close(model.unload()(x), base(x), rtol=0, atol=0)
 
 
