@@ -22,7 +22,7 @@ def check_values(model: nn.Module, adapter_name: str, state_dict: dict[str, Tens
     Raises:
         ValueError: with the names, if values are missing, left over, or not finite.
     """
-    expected = set(adapter_parameters(model, adapter_name))
+    expected = _names_of_values(model, adapter_name)
     given = {key for key in state_dict if f".{prefix}" in key or key.startswith(prefix)}
     problems = {
         "are missing": expected - given,
@@ -39,10 +39,10 @@ def check_values(model: nn.Module, adapter_name: str, state_dict: dict[str, Tens
             )
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """A and B of an adapter in every tuned layer, by their names in the model's state dict."""
+def _names_of_values(model: nn.Module, adapter_name: str) -> set[str]:
+    """What A and B of an adapter are called in the model's state dict, in every tuned layer."""
     return {
-        f"{layer_name}.{attribute}.{adapter_name}".lstrip("."): getattr(layer, attribute)[adapter_name]
+        f"{layer_name}.{attribute}.{adapter_name}".lstrip(".")
         for layer_name, layer in model.named_modules()
         if isinstance(layer, SVDScaleShiftLayer)
         for attribute in layer.adapter_layer_names

@@ -41,6 +41,8 @@ def hotswap_adapter(
     ):
         raise ValueError(f"The adapter {adapter_name!r} is merged; unmerge_adapter() before replacing it.")
     config = SVDScaleShiftConfig.from_pretrained(model_name_or_path, **download_options)
+    if not isinstance(config, SVDScaleShiftConfig):
+        raise ValueError(f"{model_name_or_path} is an adapter of another method, {type(config).__name__}.")
     for name in MUST_AGREE:
         if getattr(config, name) != getattr(loaded, name):
             raise ValueError(

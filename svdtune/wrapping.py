@@ -36,15 +36,15 @@ def new_layer(
         ValueError: if this one's weight cannot be decomposed.
     """
     try:
+        backend = resolve_quantization_backend(target, **quantization_options)
         if parameter_name is not None:
-            if resolve_quantization_backend(target, **quantization_options) is not None:
+            if backend is not None:
                 raise TypeError(
                     f"`{name}` cannot be tuned: it is quantised. Name its module in `target_modules` instead."
                 )
             return ParamWrapper(target, parameter_name, **options)
         if isinstance(target, nn.MultiheadAttention):
             return _tuned_attention(target, name, **options)
-        backend = resolve_quantization_backend(target, **quantization_options)
         if backend is None:
             return _layer_kind(target, parent, name)(target, **options)
         if not backend.supports_merge:
@@ -64,11 +64,9 @@ def update_existing_layer(target: nn.Module, parameter_name: str | None, **optio
         return False
     if parameter_name is not None and getattr(target, "parameter_name", None) != parameter_name:
         return False
-    layer: nn.Module = target
-    while isinstance(layer, SVDScaleShiftLayer):
-        layer.update_layer(**options)
-        # An attention as a whole has one wrapper in another; a parameter has just the one.
-        layer = layer.base_layer if parameter_name is None and isinstance(layer, ParamWrapper) else nn.Identity()
+    target.update_layer(**options)
+    if parameter_name is None and isinstance(target, ParamWrapper):
+        update_existing_layer(target.base_layer, None, **options)  # an attention's other projection
     return True
 
 

@@ -292,6 +292,13 @@ def test_hotswap_refuses_an_adapter_of_another_sort(choices, message, base, save
     assert torch.equal(model(tokens), before)
 
 
+def test_hotswap_refuses_an_adapter_of_another_method(base, saved, tmp_path):
+    get_peft_model(Net(), peft.LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path / "lora")
+    model = PeftModel.from_pretrained(base, next(iter(saved[1])))
+    with pytest.raises(ValueError, match="an adapter of another method, LoraConfig"):
+        hotswap_adapter(model, tmp_path / "lora")
+
+
 def test_hotswap_refuses_other_tokens(tmp_path):
     for name, tokens in {"first": [1, 2], "second": [3, 4]}.items():
         config = SVDScaleShiftConfig(target_modules=["fc"], trainable_token_indices={"embedding": tokens})
