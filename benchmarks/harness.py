@@ -1,59 +1,251 @@
-"""How things are timed here: warmed up, interleaved in one run, compared by the median of their ratios."""
+"""What every benchmark here has in common: options, timing, memory, and results as Markdown and JSON.
+
+Contenders take turns in one run after a warm-up, and are compared by the median of their ratios round by round, so
+that a slow moment of the machine falls on all of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds a call of one contender took, and how many times the reference of the same round."""
+class Options:
+    """How a benchmark is run."""
 
-    seconds: list[float]
-    ratios: list[float]
+    device: str = "cpu"
+    dtype: str = "float32"
+    rounds: int | None = None
+    quick: bool = False
 
-    def row(self, name: str) -> str:
-        """A row of a Markdown table: name, median seconds, median ratio and its spread."""
-        low, high = min(self.ratios), max(self.ratios)
-        return (
-            f"| {name} | {statistics.median(self.seconds):.3f} | {statistics.median(self.ratios):.2f} "
-            f"| {low:.2f} - {high:.2f} |"
-        )
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def to_device(self, module_or_tensor: Any) -> Any:
+        return module_or_tensor.to(self.device, self.torch_dtype)
+
+    def rounds_or(self, full: int, quick: int) -> int:
+        """How many rounds count, unless the user has said."""
+        return self.rounds or (quick if self.quick else full)
 
 
-def time_interleaved(
-    contenders: Mapping[str, Callable[[], object]], reference: str, rounds: int = 11, warm_up: int = 2
-) -> dict[str, Timing]:
-    """Calls every contender once a round, so that a slow moment of the machine falls on all of them.
+@dataclass(frozen=True)
+class Claim:
+    """A ratio that is to stay at or below its reach."""
 
-    Args:
-        contenders: What to time, by name.
-        reference: The contender that the others are compared with, round by round.
-        rounds: How many rounds count.
-        warm_up: How many rounds before them do not.
-    """
+    measure: str
+    against: str
+    value: float
+    reach: float
+    spread: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does, to half a percent."""
+        return self.value <= 1.005 * self.reach
+
+    def row(self) -> list[str]:
+        mark = "reached" if self.holds else "**not reached**"
+        return [
+            self.measure,
+            self.against,
+            f"{self.value:.2f}" if self.value > 0.1 else f"{self.value:.3f}",
+            self.spread,
+            f"{self.reach:.3g}",
+            mark,
+        ]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that each contender took, round by round."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratios(self, name: str, reference: str) -> list[float]:
+        """How many times the reference of the same round."""
+        return [ours / theirs for ours, theirs in zip(self.seconds[name], self.seconds[reference], strict=True)]
+
+    def rows(self, reference: str) -> list[list[str]]:
+        """Name, median seconds, median ratio to the reference and its spread, of each contender."""
+        rows = []
+        for name in self.seconds:
+            ratios = self.ratios(name, reference)
+            median, spread = statistics.median(ratios), spread_of(ratios)
+            rows.append([name, f"{self.median(name):.3f}", f"{median:.2f}", spread if name != reference else ""])
+        return rows
+
+    def claim(self, measure: str, name: str, reference: str, reach: float) -> Claim:
+        ratios = self.ratios(name, reference)
+        return Claim(measure, reference, statistics.median(ratios), reach, spread_of(ratios))
+
+
+@dataclass
+class Result:
+    """The answer to one question: tables under their captions, and the claims that they bear out or not."""
+
+    name: str
+    claims: list[Claim] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def add_table(self, caption: str, columns: list[str], rows: list[list[str]]) -> None:
+        table = {"caption": caption, "columns": columns, "rows": rows}
+        self.tables.append(table)
+        print(f"\n{caption}\n\n{markdown_table(columns, rows)}", flush=True)
+
+    def save(self, options: Options) -> Path:
+        """Writes ``NAME.json`` into the folder of results."""
+        path = results_folder(options) / f"{self.name}.json"
+        content = {"machine": machine(options), "options": asdict(options), **asdict(self)}
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(unfinished, path)
+        return path
+
+
+def results_folder(options: Options) -> Path:
+    """Where results go: those of each device and dtype, and of quick runs, beside and not over the others."""
+    kind = "quick" if options.quick else f"{options.device}-{options.dtype}"
+    folder = RESULTS / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(measure: Callable[[Options], Result]) -> None:
+    """The main function of a script: reads the options, measures, prints and saves."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, help="how many rounds count")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and three of the encoder's twelve blocks")
+    options = Options(**vars(parser.parse_args()))
+    print(machine(options))
+    result = prepared(measure)(options)
+    if result.claims:
+        print("\n" + claims_table(result.claims))
+    print(f"\n{result.save(options)}")
+
+
+def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result]:
+    """``measure``, from the same seed and without the denormal numbers that slow a CPU down."""
+
+    def with_preparation(options: Options) -> Result:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("There is no CUDA device here: leave --device out, or set it to cpu.")
+        torch.manual_seed(0)
+        torch.set_flush_denormal(True)
+        return measure(options)
+
+    return with_preparation
+
+
+def time_interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Timings:
+    """Calls every contender once a round, ``rounds`` times after the ``warm_up``."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(warm_up + rounds):
         for name, call in contenders.items():
+            _synchronize()
             start = time.perf_counter()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronize()
             if round_number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
-    return {
-        name: Timing(times, [ours / theirs for ours, theirs in zip(times, seconds[reference], strict=True)])
-        for name, times in seconds.items()
-    }
+    return Timings(seconds)
 
 
-def machine() -> str:
+def spread_of(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f} - {max(ratios):.2f}"
+
+
+def bytes_kept(forward: Callable[[], object], held: list[torch.Tensor]) -> int:
+    """How many bytes autograd keeps from a forward pass for the backward pass.
+
+    Args:
+        forward: The forward pass.
+        held: The tensors that are there anyway: parameters, buffers, singular vectors.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # holds what is kept, so that no address is used twice
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """How much more memory there was in use during a call than before it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak that Linux remembers
+    before = _memory_status("VmRSS")
+    call()
+    return _memory_status("VmHWM") - before
+
+
+def machine(options: Options) -> str:
     """What this ran on, in a line."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    on_gpu = options.device == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{device}, {options.dtype}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def claims_table(claims: list[Claim]) -> str:
+    columns = ["measure", "against", "ratio", "least - most", "reach", ""]
+    return markdown_table(columns, [claim.row() for claim in claims])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _memory_status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}.")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,61 +1,51 @@
 """Does a batch whose samples have 64 different adapters cost more than one with a single adapter?
 
-    python benchmarks/mixed_batch.py
+    python benchmarks/mixed_batch.py [--quick] [--device cuda --dtype bfloat16]
 
-A BERT-like encoder (6 layers of width 384, as MiniLM), all its linear layers tuned, a batch of 64 samples, forward
-only. PEFT's LoRA, r=8 on the same layers, runs beside in the same rounds.
+A BERT-like encoder (6 layers of width 384, as MiniLM), all its linear layers tuned, a batch of 64 samples of 32
+tokens, forward only. PEFT's LoRA, r=8 on the same layers, runs beside in the same rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from harness import machine, time_interleaved
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from harness import Options, Result, run, time_interleaved
+from peft import PeftConfig, PeftModel, get_peft_model
+from subjects import lora, ours
 from transformers import BertConfig, BertModel
 
-from svdtune import SVDScaleShiftConfig
-
 TARGETS = ["query", "key", "value", "dense"]
-SAMPLES = 64
+SAMPLES, TOKENS, WORDS = 64, 32, 1000
+NAMES = [f"adapter{index}" for index in range(SAMPLES)]
 
 
 def model_with_adapters(config: PeftConfig) -> PeftModel:
     """An encoder with one adapter a sample, of trained (random) values."""
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    model = get_peft_model(BertModel(BertConfig(vocab_size=1000, **sizes)), config, adapter_name="adapter0")
-    for index in range(1, SAMPLES):
-        model.add_adapter(f"adapter{index}", config)
+    model = get_peft_model(BertModel(BertConfig(vocab_size=WORDS, **sizes)), config, adapter_name=NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
     return model.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens a sample")
-    parser.add_argument("--rounds", type=int, default=11)
-    arguments = parser.parse_args()
-
-    torch.manual_seed(0)
-    torch.set_flush_denormal(True)
-    models = {
-        "svdtune": model_with_adapters(SVDScaleShiftConfig(target_modules=TARGETS, init_weights=False)),
-        "LoRA r=8": model_with_adapters(LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False)),
-    }
-    tokens = torch.randint(0, 1000, (SAMPLES, arguments.tokens))
-    names = [f"adapter{index}" for index in range(SAMPLES)]
-    print(f"{machine()}; {SAMPLES} samples of {arguments.tokens} tokens; {arguments.rounds} rounds\n")
-    print("| | seconds | times one adapter | spread |\n|---|---|---|---|")
-    for method, model in models.items():
-        contenders = {
-            f"{method}, one adapter": lambda model=model: model(tokens),
-            f"{method}, 64 adapters": lambda model=model: model(tokens, adapter_names=names),
-        }
+def measure(options: Options) -> Result:
+    result = Result("mixed_batch")
+    tokens = torch.randint(0, WORDS, (SAMPLES, TOKENS), device=options.device)
+    methods = {"svdtune": ours(init_weights=False), "LoRA r=8": lora(8, init_lora_weights=False)}
+    for method, config in methods.items():
+        model = options.to_device(model_with_adapters(config(TARGETS)))
+        alone, mixed = f"{method}, one adapter", f"{method}, {SAMPLES} adapters"
+        calls = {alone: lambda: model(tokens), mixed: lambda: model(tokens, adapter_names=NAMES)}  # noqa: B023
         with torch.inference_mode():
-            timings = time_interleaved(contenders, f"{method}, one adapter", arguments.rounds)
-        for name, timing in timings.items():
-            print(timing.row(name))
+            timings = time_interleaved(calls, options.rounds_or(full=11, quick=7), warm_up=2)
+        result.add_table(
+            f"{SAMPLES} samples of {TOKENS} tokens", ["", "seconds", "times one", "least - most"], timings.rows(alone)
+        )
+        result.data[method] = timings.seconds
+        if method == "svdtune":
+            result.claims.append(timings.claim(f"{SAMPLES} adapters in a batch of {SAMPLES}", mixed, alone, 1.2))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(measure)

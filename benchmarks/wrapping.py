@@ -1,46 +1,56 @@
-"""What does it cost to wrap SAM's ViT-B, all its linear layers decomposed?
+"""What does it cost to wrap SAM's ViT-B, the first time and from the cache?
 
-    python benchmarks/wrapping.py
+    python benchmarks/wrapping.py [--quick] [--device cuda]
 
-Against `torch.linalg.svd` in float32 on the same weights, interleaved layer by layer of one block: its four shapes,
-times twelve blocks. Random weights of the model's shapes and spread.
+Against `torch.linalg.svd` in float32 of the same 48 weights, in turns, a block at a time.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import os
+import tempfile
 
 import torch
-from harness import machine
+from harness import Options, Result, run, time_interleaved
+from peft import get_peft_model
+from subjects import QUICK_BLOCKS, SAM_TARGETS, Subject, ours, sam_encoder
+from torch import nn
 
-from svdtune.spectrum import Spectrum
-
-SHAPES = {"qkv": (2304, 768), "proj": (768, 768), "lin1": (3072, 768), "lin2": (768, 3072)}
-BLOCKS, ROUNDS = 12, 5
-
-
-def seconds(call, weight: torch.Tensor) -> float:
-    start = time.perf_counter()
-    call(weight)
-    return time.perf_counter() - start
+FIRST, CACHED, LAPACK = "wrapping, first time", "wrapping, from the cache", "torch.linalg.svd in float32"
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    print(f"{machine()}; {ROUNDS} rounds\n")
-    print("| layer | Spectrum, s | torch.linalg.svd in float32, s | ratio |\n|---|---|---|---|")
-    totals = []
-    for name, shape in SHAPES.items():
-        weights = [0.02 * torch.randn(1, *shape) for _ in range(ROUNDS)]
-        ours = [seconds(Spectrum, weight) for weight in weights]
-        theirs = [seconds(lambda weight: torch.linalg.svd(weight, full_matrices=False), weight) for weight in weights]
-        mine, reference = statistics.median(ours), statistics.median(theirs)
-        totals.append((mine, reference))
-        print(f"| {name} {shape[0]} x {shape[1]} | {mine:.2f} | {reference:.2f} | {mine / reference:.2f} |")
-    mine, reference = (BLOCKS * sum(column) for column in zip(*totals, strict=True))
-    print(f"| all 48 | {mine:.1f} | {reference:.1f} | {mine / reference:.2f} |")
+def wrap(subject: Subject, cache: str | None = None) -> None:
+    """Wraps the model, and takes what was put around its layers off again."""
+    get_peft_model(subject.model, ours(svd_cache=cache)(subject.targets)).unload()
+
+
+def decompose(subject: Subject) -> None:
+    for name, module in subject.model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in SAM_TARGETS:
+            torch.linalg.svd(module.weight.detach().float(), full_matrices=False)
+
+
+def measure(options: Options) -> Result:
+    result = Result("wrapping")
+    os.environ.pop("SVDTUNE_CACHE", None)
+    subject = sam_encoder(options, batch=1, blocks=QUICK_BLOCKS if options.quick else 12)
+    with tempfile.TemporaryDirectory() as cache:
+        wrap(subject, cache)
+        calls = {
+            LAPACK: lambda: decompose(subject),
+            FIRST: lambda: wrap(subject),
+            CACHED: lambda: wrap(subject, cache),
+        }
+        timings = time_interleaved(calls, options.rounds_or(full=5, quick=3))
+    columns = ["", "seconds", "times torch.linalg.svd", "least - most"]
+    result.add_table(subject.name, columns, timings.rows(LAPACK))
+    result.claims = [
+        timings.claim("wrapping SAM ViT-B, first time", FIRST, LAPACK, 0.5),
+        timings.claim("wrapping again, from the cache", CACHED, FIRST, 0.1),
+    ]
+    result.data["seconds"] = timings.seconds
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(measure)

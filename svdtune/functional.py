@@ -7,18 +7,26 @@ A frozen weight W (out, in) is taken apart once and only its singular values are
 
     x (N, in) ──▶ Vᵀ (r, in) ──▶ * relu(A * S + B) (r) ──▶ U (out, r) ──▶ + bias ──▶ y (N, out)
 
-The product runs through the three factors, so W' is never built, no weight-sized gradient exists, and autograd
-keeps x V (N, r) for the backward pass instead of x (N, in). Two forms of it are in use, with the same functions:
+With delta = relu(A * S + B) - S there are four forms of the product, which hold other vectors and cost other
+multiply-adds. Forward and backward for N rows, where the frozen layer takes 2 N out in:
 
-    factored   U diag(S + delta) Vᵀ x                all singular values are tuned
-    delta      W x + U diag(delta) Vᵀ x              the leading ones are, or W is quantised; exactly W x at the start
+    form        product                          multiply-adds a step               holds        taken where
+    factored    U diag(S + delta) Vᵀ x           2 N r (out + in)                   U, V         all are tuned
+    rebuilt     (W + U diag(delta) Vᵀ) x         3 out in (N + r)                   U, V         and this costs less
+    one-sided   W (x + V diag(delta / S) Vᵀ x)   2 N out in + 4 N r min(out, in)    V            few are, W is quan-
+                                                                                              tised, or on demand
+    delta       W x + U diag(delta) Vᵀ x         2 N out in + 2 N r (out + in)      U, V         the others cannot be
 
-with delta = relu(A * S + B) - S. One row of values is shared by a whole batch, or each sample brings its own.
+The one-sided form rests on U = W V / S, has a mirror for out < in, W x + U diag(delta / S) Uᵀ W x, and leaves to the
+delta form the few values that are too small to be divided by. Rebuilt, one-sided and delta are W x to the last bit
+while delta is zero. One row of values is shared by a whole batch, or each sample brings its own.
 
-Shape legend: N rows, r = min(out, in) rank, B batch, H W pixels, g groups of a convolution.
+Shape legend: N rows, r rank: how many values are tuned, B batch, H W pixels, g groups of a convolution.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,24 +44,121 @@ def transform_singular_values(
     return F.relu(transformed) if nonlinearity == "relu" else transformed
 
 
-def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias with W = left diag(values) right.
+def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias with W = left diag(values) right: the factored form. W is never built, and the backward pass keeps
+    x V (N, r) instead of x (N, in).
 
     Shapes: x (..., in), left (out, r), right (r, in), bias (out,); values (r,), or (B, r) with a row for each sample
-    of x (B, ..., in). Returns (..., out).
+    of x (B, ..., in). Returns (..., out). ``left`` and ``right`` get no gradient.
     """
-    coordinates = F.linear(x, right)
-    return F.linear(coordinates * _per_sample(values, coordinates), left, bias)
+    x, left, right, bias = _as_autocast_would(x, left, right, bias)
+    if values.ndim == 1 and torch.is_grad_enabled():
+        return _ScaledLinear.apply(x, left, values, right, bias)[0]
+    return _scale_and_multiply(F.linear(x, right), values, left, bias)
 
 
-def scaled_embedding(indices: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """The rows ``indices`` of W = left diag(values) right.
+class _ScaledLinear(torch.autograd.Function):
+    """`scaled_linear` with fewer passes over memory than autograd would make: the values are multiplied to rows or to
+    vectors, whichever are fewer, and gradients are summed in place."""
 
-    Shapes: indices (...), left (rows, r), right (r, features); values (r,), or (B, r) for indices (B, ...).
-    Returns (..., features).
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        coordinates = F.linear(x, right)
+        # They are an output, so that whoever differentiates twice comes by them to x.
+        return _scale_and_multiply(coordinates, values, left, bias), coordinates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, left, values, right, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(left, values, right, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, of_coordinates: Tensor | None) -> tuple[Tensor | None, ...]:
+        left, values, right, coordinates = ctx.saved_tensors
+        of_x = of_values = of_bias = None
+        if gradient is not None:
+            of_products = gradient @ left
+            if ctx.needs_input_grad[0]:
+                of_x = _scale_and_multiply(of_products, values, right.mT)
+            if ctx.needs_input_grad[2]:
+                of_values = _sum_of_products(of_products, coordinates, values.dtype)
+            if ctx.needs_input_grad[4]:
+                of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        if of_coordinates is not None and ctx.needs_input_grad[0]:
+            through = of_coordinates @ right
+            of_x = through if of_x is None else of_x + through
+        return of_x, None, of_values, None, of_bias
+
+
+def rebuilt_linear(
+    x: Tensor, weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x W'ᵀ + bias with W' = weight + left diag(delta) right, built in the forward and again in the backward pass.
+
+    Shapes: x (..., in), weight (out, in), left (out, r), delta (r,), right (r, in), bias (out,). Returns (..., out).
+    ``weight``, ``left`` and ``right`` get no gradient.
     """
-    coordinates = F.embedding(indices, left)
-    return F.linear(coordinates * _per_sample(values, coordinates), right.mT)
+    x, weight, left, right, bias = _as_autocast_would(x, weight, left, right, bias)
+    return _RebuiltLinear.apply(x, weight, left, delta, right, bias)
+
+
+class _RebuiltLinear(torch.autograd.Function):
+    """`rebuilt_linear` without keeping W', which is small beside the rows but would be kept for each layer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, _rebuilt(weight, left, delta, right), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, left, delta, right = ctx.saved_tensors
+        of_x = of_delta = of_bias = None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ _rebuilt(weight, left, delta, right)
+        if ctx.needs_input_grad[3]:
+            of_weight = rows.mT @ x.reshape(-1, x.shape[-1])
+            of_delta = _sum_of_products((left.mT @ of_weight).mT, right.mT, delta.dtype)
+        if ctx.needs_input_grad[5]:
+            of_bias = rows.sum(0)
+        return of_x, None, None, of_delta, None, of_bias
+
+
+def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backward: bool) -> bool:
+    """Whether `rebuilt_linear` takes fewer multiply-adds than `scaled_linear` for that many rows, at full rank.
+
+    For the forward pass alone, it does from a number of rows on that is about the smaller side. With the backward
+    pass it can only where the weight is nearly square, and it keeps x in place of x V; so never where x is larger.
+    """
+    rank = min(out_features, in_features)
+    factored = rows * rank * (out_features + in_features)
+    rebuilt = (rows + rank) * out_features * in_features
+    if not backward:
+        return rebuilt < factored
+    return in_features == rank and 3 * rebuilt < 2 * factored
+
+
+def corrected(x: Tensor, coordinates: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    """x + (coordinates * values) vectors: what the one-sided form does to its input or output, and the delta form to
+    its output.
+
+    Shapes: x (..., n), coordinates (..., r), vectors (r, n); values (r,), or (B, r) with a row for each sample.
+    Returns (..., n) in the dtype of x, and exactly x where values are zero.
+    """
+    products = _scaled(coordinates, values)
+    if products.dtype != x.dtype:
+        return x + (products @ vectors).to(x.dtype)
+    rows = products.reshape(-1, products.shape[-1])
+    return torch.addmm(x.reshape(-1, x.shape[-1]), rows, vectors).reshape(x.shape)
 
 
 def scaled_convolution(
@@ -76,9 +181,24 @@ def scaled_convolution(
     dimensions = len(convolution.kernel_size)
     kernels = right.reshape(groups * rank, -1, *convolution.kernel_size)
     coordinates = convolution._conv_forward(x, kernels, None)  # type: ignore[arg-type]
-    coordinates = coordinates * values.to(coordinates.dtype).reshape(*values.shape, *[1] * dimensions)
+    scaled = (coordinates * values.reshape(*values.shape, *[1] * dimensions)).to(coordinates.dtype)
     mix = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
-    return mix(coordinates, left.reshape(-1, rank, *[1] * dimensions), bias, groups=groups)
+    return mix(scaled, left.reshape(-1, rank, *[1] * dimensions), bias, groups=groups)
+
+
+def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:
+    """y + left diag(values) leftᵀ (y - bias), pixel by pixel: the one-sided form of a convolution whose output is y.
+
+    Shapes, in two dimensions: y (B, out, H, W), left (g, out/g, r), bias (out,); values (g * r,), or (B, g * r).
+    Returns the shape of y, which may come without B.
+    """
+    groups = len(left)
+    pixels = y.flatten(-dimensions).unflatten(-2, (groups, -1))
+    coordinates = left.mT @ pixels
+    if bias is not None:
+        coordinates = coordinates - left.mT @ bias.reshape(groups, -1, 1).to(left.dtype)
+    scaled = (coordinates * values.unflatten(-1, (groups, -1, 1))).to(coordinates.dtype)
+    return y + (left @ scaled).reshape(y.shape).to(y.dtype)
 
 
 def weight_change(left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
@@ -91,7 +211,37 @@ def weight_change(left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
     return (left.to(dtype) * delta) @ right.to(dtype)
 
 
-def _per_sample(values: Tensor, coordinates: Tensor) -> Tensor:
-    """``values`` (r,) or (B, r) so that they multiply ``coordinates`` (B, ..., r)."""
-    values = values.to(coordinates.dtype)
-    return values if values.ndim == 1 else values.reshape(len(values), *[1] * (coordinates.ndim - 2), -1)
+def _scaled(coordinates: Tensor, values: Tensor) -> Tensor:
+    """``coordinates`` (B, ..., r) times ``values`` (r,) or (B, r), multiplied in the values' precision."""
+    if values.ndim > 1:
+        values = values.reshape(len(values), *[1] * (coordinates.ndim - 2), -1)
+    return (coordinates * values).to(coordinates.dtype)
+
+
+def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(rows * values) matrixᵀ + bias; the values go to the matrix where that has fewer rows.
+
+    Shapes: rows (..., r), values (r,) or (B, r), matrix (out, r), bias (out,); returns (..., out).
+    """
+    if values.ndim == 1 and rows.numel() > matrix.numel():
+        return F.linear(rows, _scaled(matrix, values), bias)
+    return F.linear(_scaled(rows, values), matrix, bias)
+
+
+def _rebuilt(weight: Tensor, left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
+    return torch.addmm(weight, _scaled(left, delta), right)
+
+
+def _sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of a * b (..., r) over all but the last dimension, (r,); ``a`` is overwritten where nobody needs it."""
+    products = a * b if torch.is_grad_enabled() else a.mul_(b)
+    return products.reshape(-1, products.shape[-1]).sum(0, dtype=dtype)
+
+
+def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on: what is below are not the functions that it knows."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)

@@ -7,20 +7,62 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.functional import scaled_convolution, scaled_embedding, scaled_linear, weight_change
+from svdtune.functional import (
+    corrected,
+    corrected_channels,
+    rebuilding_costs_less,
+    rebuilt_linear,
+    scaled_convolution,
+    scaled_linear,
+)
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.spectrum import Sides
 
 
 class Linear(SVDScaleShiftLayer):
     """`nn.Linear` or a quantised kin of it, its weight one matrix (1, out, in)."""
 
-    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        return scaled_linear(x, self.spectrum.left[0], values, self.spectrum.right[0], bias)
+    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
+        left, right, bias = self.spectrum.left[0], self.spectrum.right[0], self._bias
+        rows, weight = x.numel() // self.in_features, self._weight_at_hand()
+        costs_less = rebuilding_costs_less(rows, self.out_features, self.in_features, torch.is_grad_enabled())
+        if costs_less and weight is not None and change.ndim == 1:
+            return rebuilt_linear(x, weight, left, change, right, bias)
+        return scaled_linear(x, left, self.spectrum.singular_values + change, right, bias)
+
+    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        spectrum = self.spectrum
+        left, right = spectrum.left[0], spectrum.right[0]
+        relative, of_tail = change * spectrum.reciprocals, spectrum.of_tail(change)
+        divided = spectrum.rank - spectrum.tail
+        if spectrum.sides == "left":
+            y = self.base_layer(x, *args, **kwargs)
+            of_bias = None if self._bias is None else -(self._bias.to(left.dtype) @ left)
+            result = corrected(y, F.linear(self._like_factors(y), left.mT, of_bias), relative, left.mT)
+            if spectrum.tail:
+                of_x = F.linear(self._like_factors(x), right)
+                result = corrected(result, of_x, of_tail, left[:, divided:].mT)
+            return result
+        coordinates = F.linear(self._like_factors(x), right)
+        y = self.base_layer(corrected(x, coordinates, relative, right) if divided else x, *args, **kwargs)
+        return corrected(y, coordinates[..., divided:], of_tail, left.mT) if spectrum.tail else y
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return cast("Tensor | None", getattr(self.get_base_layer(), "bias", None))
+
+    def _weight_at_hand(self) -> Tensor | None:
+        """The base weight as a matrix, unless FSDP or DeepSpeed have it in pieces."""
+        weight = self.weight
+        in_pieces = hasattr(weight, "full_tensor") or weight.numel() != self.out_features * self.in_features
+        return None if in_pieces or weight.dtype != self.spectrum.dtype else self.to_matrices(weight.detach())[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -55,8 +97,27 @@ class Convolution(SVDScaleShiftLayer):
     def from_matrices(self, matrices: Tensor) -> Tensor:
         return matrices.reshape(self.weight.shape)
 
-    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        return scaled_convolution(x, self.spectrum.left, values, self.spectrum.right, bias, self._convolution)
+    def smaller_side(self, matrices: Tensor) -> Sides:
+        # On the input's side the vectors are patches, and there is no image that would change them all.
+        return "left" if matrices.shape[1] <= matrices.shape[2] else "both"
+
+    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
+        spectrum, bias = self.spectrum, self._convolution.bias
+        values = spectrum.singular_values + change
+        return scaled_convolution(x, spectrum.left, values, spectrum.right, bias, self._convolution)
+
+    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        spectrum, convolution = self.spectrum, self._convolution
+        y = self.base_layer(x, *args, **kwargs)
+        divided = spectrum.rank - spectrum.tail
+        if divided:
+            dimensions, relative = len(convolution.kernel_size), change * spectrum.reciprocals
+            y = corrected_channels(y, spectrum.left, relative, convolution.bias, dimensions)
+        if spectrum.tail:
+            left, values = spectrum.left[..., divided:], spectrum.of_tail(change)
+            of_tail = scaled_convolution(self._like_factors(x), left, values, spectrum.right, None, convolution)
+            y = y + of_tail.to(y.dtype)
+        return y
 
     @property
     def _convolution(self) -> nn.Conv2d:
@@ -69,10 +130,25 @@ class Embedding(SVDScaleShiftLayer):
     def features(self, matrices: Tensor) -> tuple[int, int]:
         return matrices.shape[1], matrices.shape[2]
 
-    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        result = scaled_embedding(x, self.spectrum.left[0], values, self.spectrum.right[0])
-        scale = self._get_embed_scale()  # some models' embeddings multiply what they look up
-        return result if scale is None else result * scale.to(result.dtype)
+    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
+        # A vocabulary is much longer than its vectors, which makes U as large as the weight.
+        return self.smaller_side(matrices)
+
+    def smaller_side(self, matrices: Tensor) -> Sides:
+        return "right" if matrices.shape[1] >= matrices.shape[2] else "both"
+
+    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        spectrum = self.spectrum
+        left, right, divided = spectrum.left[0], spectrum.right[0], spectrum.rank - spectrum.tail
+        y = self.base_layer(x, *args, **kwargs)
+        if divided:
+            y = corrected(y, F.linear(self._like_factors(y), right), change * spectrum.reciprocals, right)
+        if spectrum.tail:
+            coordinates = F.embedding(x, left)
+            scale = self._get_embed_scale()  # some models' embeddings multiply what they look up
+            coordinates = coordinates if scale is None else coordinates * scale.to(coordinates.dtype)
+            y = corrected(y, coordinates, spectrum.of_tail(change), right[divided:])
+        return y
 
 
 class ParamWrapper(SVDScaleShiftLayer):
@@ -111,6 +187,10 @@ class ParamWrapper(SVDScaleShiftLayer):
     def from_matrices(self, matrices: Tensor) -> Tensor:
         return matrices.reshape(self.weight.shape)
 
+    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
+        # W' is built from both in one product.
+        return self.smaller_side(matrices) if one_sided else "both"
+
     @property
     def weight(self) -> Tensor:
         """The parameter as the module holds it."""
@@ -134,7 +214,7 @@ class ParamWrapper(SVDScaleShiftLayer):
         if change is None:
             return self.base_layer(*args, **kwargs)
         weight = self.weight
-        difference = self.from_matrices(weight_change(self.spectrum.left, change, self.spectrum.right))
+        difference = self.from_matrices(self.spectrum.change_of(self.to_matrices(weight), change))
         with self._parameter_reads(weight.to(difference.dtype).add(difference).to(weight.dtype)):
             return self.base_layer(*args, **kwargs)
 

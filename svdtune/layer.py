@@ -13,9 +13,10 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from svdtune.cache import cache_folder
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.functional import transform_singular_values, weight_change
-from svdtune.spectrum import Spectrum
+from svdtune.functional import transform_singular_values
+from svdtune.spectrum import Sides, Spectrum
 
 BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter changes
 
@@ -23,9 +24,9 @@ BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter 
 class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     """A frozen layer of which named adapters scale and shift the singular values.
 
-    A subclass says how its input is multiplied with the weight (`product`), and how the weight is a batch of matrices
-    where it is not one (`to_matrices`, `from_matrices`). Several active adapters add their changes of the singular
-    values.
+    A subclass says how the base layer's product is changed (`changed_product`), and how the weight is a batch of
+    matrices where it is not one (`to_matrices`, `from_matrices`). Several active adapters add their changes of the
+    singular values.
 
     Args:
         base_layer: The layer to tune.
@@ -68,18 +69,21 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._before_merge: Any = None
+        self.cache = cache_folder(config.svd_cache)
         matrices = self._checked_matrices()
         self.in_features, self.out_features = self.features(matrices)
-        self.spectrum = Spectrum(matrices, config.rank_of(rank_pattern_key, min(matrices.shape[1:])))
+        rank = config.rank_of(rank_pattern_key, min(matrices.shape[1:]))
+        self.spectrum = Spectrum(matrices, rank, self.sides(matrices, rank, config.one_sided), self.cache)
         self.update_layer(adapter_name, config, rank_pattern_key)
 
     def update_layer(
         self, adapter_name: str, config: SVDScaleShiftConfig, rank_pattern_key: str | None = None
     ) -> None:
         """Adds an adapter, or resets the one of that name."""
-        rank = config.rank_of(rank_pattern_key, self.available_rank)
+        rank = config.rank_of(rank_pattern_key, self.spectrum.available_rank)
         if rank > self.spectrum.rank:
-            self.spectrum = Spectrum(self._checked_matrices(), rank)
+            matrices = self._checked_matrices()
+            self.spectrum = Spectrum(matrices, rank, self.sides(matrices, rank, config.one_sided), self.cache)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
         values = self.spectrum.leading(self.spectrum.singular_values, rank)
@@ -105,14 +109,30 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """The reverse of `to_matrices`: matrices (g, out, in) in the shape of the weight."""
         return matrices[0]
 
-    def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for a weight U diag(values) Vᵀ, where values are (g * rank,), or (B, g * rank)."""
+    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
+        """Whose vectors to hold: those of the smaller side where that is asked for, or costs less than both.
+
+        It does where few values are tuned, and where a quantised layer must compute its own product anyway. Where all
+        are tuned, holding both sides saves that product.
+        """
+        if one_sided or rank < min(matrices.shape[1:]) or self.quantization_backend is not None:
+            return self.smaller_side(matrices)
+        return "both"
+
+    def smaller_side(self, matrices: Tensor) -> Sides:
+        """The side with the shorter vectors, if a product with them alone can be changed."""
+        return "left" if matrices.shape[1] < matrices.shape[2] else "right"
+
+    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the base layer, as if its weight were W + U diag(change) Vᵀ.
+
+        ``change`` is (g * rank,), or (B, g * rank) with a row for each sample.
+        """
         raise NotImplementedError
 
-    @property
-    def available_rank(self) -> int:
-        """How many singular values each matrix of the weight has."""
-        return min(self.spectrum.left.shape[1], self.spectrum.right.shape[2])
+    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
+        """The same without the base layer, where both sides of all its singular values are held."""
+        return self.changed_product(x, change)
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer is tuned by the adapter of that name."""
@@ -127,7 +147,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         first = adapter_names[0]
         rank, nonlinearity = self.rank[first], self.nonlinearity[first]
         learned = self.svd_scale_shift_scale if first in self.svd_scale_shift_scale else self.svd_scale_shift_shift
-        if self.spectrum.left.device != learned[first].device:
+        if self.spectrum.device != learned[first].device:
             self.spectrum.to(learned[first].device)  # FSDP moves parameters and buffers only
         singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
         scale = _stacked(self.svd_scale_shift_scale, adapter_names, torch.ones_like(singular_values))
@@ -138,7 +158,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
         delta = self.change_of_singular_values(adapter_name)
-        return self.from_matrices(weight_change(self.spectrum.left, delta, self.spectrum.right))
+        return self.from_matrices(self.spectrum.change_of(self.to_matrices(self._unmerged_weight()), delta))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -154,14 +174,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if change is None:
             return self.base_layer(x, *args, **kwargs)
 
-        if self.spectrum.full_rank and not self._base_layer_must_run():
-            bias = getattr(self.base_layer, "bias", None)
-            return self.product(x, self.spectrum.singular_values + change, bias)
-        result = self.base_layer(x, *args, **kwargs)
-        # A quantised layer takes other dtypes than its own weight's, and answers in them.
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.spectrum.left.dtype)
-        return result + self.product(x, change, None).to(result.dtype)
+        spectrum = self.spectrum
+        if spectrum.full_rank and spectrum.sides == "both" and not self._base_layer_must_run():
+            return self.whole_product(x, change)
+        return self.changed_product(x, change, *args, **kwargs)
+
+    def _like_factors(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype of U and V: a quantised layer takes other dtypes, and answers in them."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.spectrum.dtype)
 
     def _base_layer_must_run(self) -> bool:
         """Whether it computes with a weight that is not at hand, or somebody waits for it to be called."""
@@ -268,8 +288,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         PEFT casts them to that dtype and back again, which rounds what was learned to bfloat16's three digits when an
         adapter is loaded with ``low_cpu_mem_usage``, and marks inactive adapters as trainable.
         """
-        dtype = torch.promote_types(self.spectrum.left.dtype, torch.float32)
-        self.cast_adapter(adapter_name, dtype, device or self.spectrum.left.device)
+        dtype = torch.promote_types(self.spectrum.dtype, torch.float32)
+        self.cast_adapter(adapter_name, dtype, device or self.spectrum.device)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Casts and moves A and B of an adapter in place; on the meta device they wait for a checkpoint."""
@@ -281,7 +301,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """Moves and casts everything, but A and B to nothing below float32: near one, bfloat16 has steps of 0.004 to
         0.008, so that training would leave A where it is. Factors that have lost digits are computed anew when the
         weight is widened again."""
-        before = self.spectrum.left.dtype
+        before = self.spectrum.dtype
         learned = [parameter for name in self.adapter_layer_names for parameter in getattr(self, name).values()]
         values = [parameter.data for parameter in learned]
         super()._apply(fn, recurse)
@@ -290,11 +310,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 parameter.data = value.to(parameter.device)
         if self.merged and self.quantization_backend is not None:
             self._before_merge[0]._apply(fn, recurse)
-        after = self.spectrum.left.dtype
+        after = self.spectrum.dtype
         if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
-            self.spectrum = Spectrum(
-                self.to_matrices(self._unmerged_weight().to(self.spectrum.left)), self.spectrum.rank
-            )
+            self._decompose(self._unmerged_weight().to(self.spectrum.left))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -311,7 +329,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 return
         if self.merged:
             raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
-        self.spectrum = Spectrum(self.to_matrices(loaded), self.spectrum.rank)
+        self._decompose(loaded)
+
+    def _decompose(self, weight: Tensor) -> None:
+        """Takes another weight apart as the one before."""
+        self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, self.cache)
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
@@ -341,6 +363,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _stacked(parameters: nn.ParameterDict, adapter_names: list[str], default: Tensor) -> Tensor:
     """One row a name, in the dtype of ``default`` or a wider one; ``default`` where an adapter does not learn them."""
-    rows = [parameters.get(name, default) for name in adapter_names]
+    rows = [parameters[name] if name in parameters else default for name in adapter_names]
     stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
     return stacked.to(torch.promote_types(stacked.dtype, default.dtype))

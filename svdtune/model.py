@@ -93,7 +93,7 @@ class SVDScaleShiftModel(BaseTuner):
         if not autocast_adapter_dtype:
             for module in self.modules():
                 if isinstance(module, SVDScaleShiftLayer):
-                    module.cast_adapter(adapter_name, module.spectrum.left.dtype)
+                    module.cast_adapter(adapter_name, module.spectrum.dtype)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any):

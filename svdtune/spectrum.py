@@ -8,16 +8,29 @@ fixed basis where singular values are equal, and no vectors at all where they ar
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from svdtune.cache import cached
+from svdtune.functional import weight_change
+
+Sides = Literal["both", "left", "right"]
+
+# To change with anything below that changes what is computed: what is in a cache then counts no more.
+VERSION = 1
 # The Gram matrix squares the condition number, so in float64 its eigenvectors are good to (1e-16 * condition**2);
 # weights that are worse conditioned than this take the slower, direct decomposition.
 GRAM_CONDITION_LIMIT = 1e4
+# Only the lower triangle of a Gram matrix is read, and it is made of blocks of that many columns.
+GRAM_BLOCK = 192
 # Neighbours whose relative difference is below this count as equal. A float32 weight does not tell them apart.
 EQUAL_VALUES_TOLERANCE = 1e-6
+# How many times the rounding errors of a product may grow where singular values are divided by; see `tail_of`.
+AMPLIFICATION_LIMIT = 4.0
 # How many fixed random changes of the singular values a fingerprint answers to.
 FINGERPRINT_CHANGES = 7
 
@@ -32,36 +45,52 @@ class Spectrum(nn.Module):
     Args:
         matrices: (g, out, in), real and finite.
         rank: How many leading singular values of each matrix to keep; all r = min(out, in) if None.
+        sides: Whose vectors to hold: both, or only "left" (U) or "right" (Vᵀ), since either follows from the other
+            and the matrix by a division by S. Where S is too small to be divided by, both are held nevertheless.
+        cache: A folder to find them in, or to leave them in for the next time; None for neither.
 
     Attributes:
-        left: U, (g, out, rank), in the dtype of ``matrices``.
+        left: U, (g, out, rank), in the dtype of ``matrices``; only its last ``tail`` columns if the right is held.
         singular_values: S, (g * rank,), in float32 or better, descending within each matrix.
-        right: Vᵀ, (g, rank, in), in the dtype of ``matrices``.
+        right: Vᵀ, (g, rank, in), in the dtype of ``matrices``; only its last ``tail`` rows if the left is held.
+        reciprocals: 1 / S, (g * rank,), and zero for the last ``tail``.
+        tail: How many of the last values' vectors are held on both sides; all ``rank`` where both are held.
         full_rank: Whether every singular value was kept.
 
     Singular values that are zero to working precision belong to arbitrary vectors. Their columns of U are zeroed,
     so that they take no part in any product and no gradient can lift them.
     """
 
-    def __init__(self, matrices: Tensor, rank: int | None = None) -> None:
+    def __init__(
+        self, matrices: Tensor, rank: int | None = None, sides: Sides = "both", cache: Path | None = None
+    ) -> None:
         super().__init__()
-        device, dtype = matrices.device, matrices.dtype
-        # Apple's GPUs have no float64.
-        left, singular_values, right = decompose(matrices.cpu() if device.type == "mps" else matrices)
-        left = left * (singular_values > zero_threshold(singular_values, matrices))[:, None, :]
-        self.full_rank = rank is None or rank >= singular_values.shape[1]
-        left, singular_values, right = left[:, :, :rank], singular_values[:, :rank], right[:, :rank]
-
-        self._responses = (singular_values * _responses(left, right)).flatten().to("cpu")
-        # Contiguous, so that a grouped convolution reads them as its kernels without a copy at every step.
-        self.left = left.to(device, dtype).contiguous()
-        self.singular_values = singular_values.flatten().to(device, torch.promote_types(dtype, torch.float32))
-        self.right = right.to(device, dtype).contiguous()
+        self.sides = sides
+        self.full_rank = rank is None or rank >= min(matrices.shape[1:])
+        self.available_rank = min(matrices.shape[1:])
+        held = cached(cache, (VERSION, rank, sides), matrices, lambda: _what_is_held(matrices, rank, sides))
+        device, dtype = matrices.device, torch.promote_types(matrices.dtype, torch.float32)
+        self._responses = held["responses"]
+        self.left, self.right = held["left"].to(device), held["right"].to(device)
+        self.singular_values = held["singular_values"].to(device, dtype)
+        self.reciprocals = held["reciprocals"].to(device, dtype)
 
     @property
     def rank(self) -> int:
         """How many leading singular values are kept of each matrix."""
-        return self.right.shape[1]
+        return max(self.left.shape[2], self.right.shape[1])
+
+    @property
+    def tail(self) -> int:
+        return min(self.left.shape[2], self.right.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
 
     def leading(self, values: Tensor, rank: int) -> Tensor:
         """The first ``rank`` of each matrix's values: (g * self.rank,) to (g * rank,)."""
@@ -73,6 +102,31 @@ class Spectrum(nn.Module):
             return values
         grouped = values.unflatten(-1, (-1, rank))
         return torch.nn.functional.pad(grouped, (0, self.rank - rank)).flatten(-2)
+
+    def of_tail(self, values: Tensor) -> Tensor:
+        """The last ``tail`` of each matrix's values: (..., g * self.rank) to (..., g * tail)."""
+        if self.tail == self.rank:
+            return values
+        return values.unflatten(-1, (-1, self.rank))[..., self.rank - self.tail :].flatten(-2)
+
+    def change_of(self, matrices: Tensor, delta: Tensor) -> Tensor:
+        """U diag(delta) Vᵀ, (g, out, in) in float32 or better, of the ``matrices`` that were decomposed, (g, out, in).
+
+        Exactly zero where delta, (g * rank,), is zero.
+        """
+        if self.tail == self.rank:
+            return weight_change(self.left, delta, self.right)
+        relative = delta * self.reciprocals
+        if self.sides == "right":
+            change = weight_change(matrices @ self.right.mT.to(matrices), relative, self.right)
+        else:
+            change = weight_change(self.left, relative, self.left.mT.to(matrices) @ matrices)
+        of_tail = weight_change(
+            self.left[..., self.left.shape[2] - self.tail :],
+            self.of_tail(delta),
+            self.right[:, self.right.shape[1] - self.tail :],
+        )
+        return change + of_tail
 
     def fingerprint(self, rank: int) -> list[float]:
         """A few numbers that tell whether values learned here mean the same on another weight.
@@ -91,10 +145,11 @@ class Spectrum(nn.Module):
         self.left, self.right = fn(self.left), fn(self.right)
         # S stays in float32 or better: it is small, and the adapter multiplies it.
         dtype = torch.promote_types(self.right.dtype, torch.float32)
-        if self.singular_values.is_meta:  # from where only `to_empty` leads back
-            self.singular_values = torch.empty_like(self.singular_values, dtype=dtype, device=self.right.device)
-        else:
-            self.singular_values = self.singular_values.to(self.right.device, dtype)
+        for name in ("singular_values", "reciprocals"):
+            values = getattr(self, name)
+            if values.is_meta:  # from where only `to_empty` leads back
+                values = torch.empty_like(values, dtype=dtype, device=self.device)
+            setattr(self, name, values.to(self.device, dtype))
         return self
 
 
@@ -122,13 +177,13 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left, singular_values, right = decompose(matrices.mT)
         return right.mT, singular_values, left.mT
 
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrices.mT @ matrices)
+    eigenvalues, eigenvectors = torch.linalg.eigh(_lower_gram(matrices))
     singular_values = eigenvalues.flip(-1).clamp(min=0).sqrt()
     if (singular_values[:, -1] * GRAM_CONDITION_LIMIT <= singular_values[:, 0]).any():
         left, singular_values, right = torch.linalg.svd(matrices, full_matrices=False)
     else:
         right = eigenvectors.flip(-1).mT
-        left = matrices @ right.mT / singular_values[:, None, :]
+        left = (matrices @ right.mT).div_(singular_values[:, None, :])
     for index, matrix in enumerate(matrices):
         _fix_bases_of_equal_values(matrix, left[index], singular_values[index], right[index])
     return left, singular_values, right
@@ -142,6 +197,58 @@ def zero_threshold(singular_values: Tensor, matrices: Tensor) -> Tensor:
     """
     noise = torch.finfo(torch.float32).eps * max(matrices.shape[1:]) ** 0.5
     return singular_values[:, :1] * noise
+
+
+def tail_of(singular_values: Tensor, threshold: Tensor) -> int:
+    """How many of the last singular values of any matrix are too small to be divided by.
+
+    A product with W = U diag(S) Vᵀ errs by its rounding times rms(S). Of a change that is written as delta / S in the
+    directions of V, the part that W makes of it is as large as delta, but the error grows with 1 / S: beside an error
+    of the change itself by rms(S) * rms(1 / S). As many leading values as keep that below `AMPLIFICATION_LIMIT` are
+    divided by. Shapes: singular_values (g, rank) descending, threshold (g, 1): what counts as zero.
+    """
+    mean_square = singular_values.square().mean(-1, keepdim=True)
+    errors = (mean_square / singular_values.square()).cumsum(-1) / singular_values.shape[-1]
+    can_be_divided_by = (errors <= AMPLIFICATION_LIMIT**2) & (singular_values > threshold)
+    return int((~can_be_divided_by).sum(-1).max())
+
+
+def _what_is_held(matrices: Tensor, rank: int | None, sides: Sides) -> dict[str, Tensor]:
+    """The tensors of a `Spectrum`, by name."""
+    dtype = matrices.dtype
+    # Apple's GPUs have no float64.
+    left, singular_values, right = decompose(matrices.cpu() if matrices.device.type == "mps" else matrices)
+    threshold = zero_threshold(singular_values, matrices)
+    if (singular_values <= threshold).any():
+        left *= (singular_values > threshold)[:, None, :]
+    left, singular_values, right = left[:, :, :rank], singular_values[:, :rank], right[:, :rank]
+    responses = (singular_values * _responses(left, right)).flatten().to("cpu")
+    kept = singular_values.shape[1]
+    divided = 0 if sides == "both" else kept - tail_of(singular_values, threshold)
+    reciprocals = torch.zeros_like(singular_values)
+    reciprocals[:, :divided] = 1 / singular_values[:, :divided]
+    if sides == "right":
+        left = left[:, :, divided:]
+    elif sides == "left":
+        right = right[:, divided:]
+    return {
+        # Contiguous, so that a grouped convolution reads them as its kernels without a copy at every step.
+        "left": left.to(dtype).contiguous(),
+        "right": right.to(dtype).contiguous(),
+        "singular_values": singular_values.flatten(),
+        "reciprocals": reciprocals.flatten(),
+        "responses": responses,
+    }
+
+
+def _lower_gram(matrices: Tensor) -> Tensor:
+    """The lower triangle of matricesᵀ matrices, in blocks; what is above them is zero. (g, out, in) to (g, in, in)."""
+    size = matrices.shape[2]
+    gram = matrices.new_zeros(len(matrices), size, size)
+    for start in range(0, size, GRAM_BLOCK):
+        block = matrices[:, :, start : start + GRAM_BLOCK]
+        gram[:, start:, start : start + GRAM_BLOCK] = matrices[:, :, start:].mT @ block
+    return gram
 
 
 def _fix_bases_of_equal_values(matrix: Tensor, left: Tensor, singular_values: Tensor, right: Tensor) -> None:

@@ -2,8 +2,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from svdtune.functional import scaled_convolution, scaled_linear, transform_singular_values, weight_change
+from svdtune.functional import (
+    corrected_channels,
+    rebuilding_costs_less,
+    rebuilt_linear,
+    scaled_convolution,
+    scaled_linear,
+    transform_singular_values,
+    weight_change,
+)
 
 
 def test_transform_is_the_papers_equation_and_relu_clips():
@@ -39,10 +48,63 @@ def test_scaled_linear_is_the_product_with_the_rebuilt_weight(size, bias, rows):
     torch.testing.assert_close(y, F.linear(x, left @ values.diag() @ right, bias), rtol=1e-12, atol=1e-12)
 
 
-def test_scaled_linear_has_the_right_gradients():
+# Few rows multiply the values to the rows, and many multiply them to the vectors.
+@pytest.mark.parametrize("shape", [(2, 6), (4, 5, 6)], ids=str)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_scaled_linear_has_the_right_gradients(check, shape):
     left, right = torch.randn(4, 3).double(), torch.randn(3, 6).double()
+    inputs = [torch.randn(*shape).double().requires_grad_() for shape in [shape, (3,), (4,)]]
+    assert check(lambda x, values, bias: scaled_linear(x, left, values, right, bias), inputs)
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_rebuilt_linear_has_the_right_gradients(check):
+    weight, left, right = torch.randn(4, 6).double(), torch.randn(4, 3).double(), torch.randn(3, 6).double()
     inputs = [torch.randn(*shape).double().requires_grad_() for shape in [(2, 5, 6), (3,), (4,)]]
-    assert torch.autograd.gradcheck(lambda x, values, bias: scaled_linear(x, left, values, right, bias), inputs)
+    assert check(lambda x, delta, bias: rebuilt_linear(x, weight, left, delta, right, bias), inputs)
+
+
+def test_each_samples_gradient_is_had_by_vmap():
+    left, right, x = torch.randn(4, 3), torch.randn(3, 6), torch.randn(5, 7, 6)
+    values = torch.rand(3)
+
+    def loss(values, x):
+        return scaled_linear(x, left, values, right).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    alone = torch.stack([torch.func.grad(loss)(values, sample) for sample in x])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (96, 24), (24, 96), (30, 24)], ids=str)
+@pytest.mark.parametrize("rows", [1, 24, 80, 1000])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_form_of_fewer_multiply_adds_is_taken_unless_it_keeps_more(size, rows, backward):
+    left, right, weight = torch.randn(size[0], 24), torch.randn(24, size[1]), torch.randn(size)
+    x = torch.randn(rows, size[1], requires_grad=backward)
+    values = torch.rand(24, requires_grad=backward)
+
+    def flops(product):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            y = product()
+            if backward:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    factored = flops(lambda: scaled_linear(x, left, values, right))
+    rebuilt = flops(lambda: rebuilt_linear(x, weight, left, values, right))
+    keeps_more = backward and size[1] > 24
+    assert rebuilding_costs_less(rows, *size, backward) == (rebuilt < factored and not keeps_more)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_corrected_channels_is_the_convolution_with_a_weight_changed_on_its_left(bias):
+    convolution = nn.Conv2d(4, 6, 3, groups=2, bias=bias).double().requires_grad_(False)
+    x, left, values = torch.randn(2, 4, 8, 7).double(), torch.randn(2, 3, 3).double(), torch.randn(6).double()
+    y = corrected_channels(convolution(x), left, values, convolution.bias, dimensions=2)
+    change = left @ torch.diag_embed(values.view(2, 3)) @ left.mT @ convolution.weight.view(2, 3, -1)
+    convolution.weight += change.reshape(convolution.weight.shape)
+    torch.testing.assert_close(y, convolution(x), rtol=1e-12, atol=1e-12)
 
 
 def test_float32_values_do_not_widen_a_bfloat16_product():

@@ -18,6 +18,8 @@ LAYERS = {
     "linear, wide": (lambda: nn.Linear(40, 24), (2, 3, 40)),
     "linear, tall": (lambda: nn.Linear(24, 40, bias=False), (5, 24)),
     "linear, square": (lambda: nn.Linear(24, 24), (24,)),
+    "linear, square, many rows": (lambda: nn.Linear(24, 24), (2, 50, 24)),
+    "linear, tall, many rows": (lambda: nn.Linear(24, 40), (100, 24)),
     "conv": (lambda: nn.Conv2d(4, 10, 3), (2, 4, 8, 7)),
     "conv, 1x1 without bias": (lambda: nn.Conv2d(12, 8, 1, bias=False), (2, 12, 4, 4)),
     "conv, patches": (lambda: nn.Conv2d(3, 60, 4, stride=4), (2, 3, 8, 8)),
@@ -35,11 +37,13 @@ LAYERS = {
     "conv, three dimensions": (lambda: nn.Conv3d(4, 10, (2, 3, 2), groups=2, padding=1), (2, 4, 4, 5, 6)),
     "transformers' Conv1D": (lambda: Conv1D(40, 24), (2, 3, 24)),
     "embedding": (lambda: nn.Embedding(40, 24, padding_idx=3), (2, 5)),
+    "embedding, few": (lambda: nn.Embedding(16, 24), (2, 5)),
 }
 # Largest error of an output relative to its norm.
 PRECISION = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 each_layer = pytest.mark.parametrize("make_layer, input_shape", LAYERS.values(), ids=LAYERS)
+each_form = pytest.mark.parametrize("one_sided", [False, True], ids=["both sides", "one side"])
 
 
 def tuned(base_layer, adapter_name="default", **choices):
@@ -66,7 +70,8 @@ def base_forward(base_layer, x, weight):
 
 def held_storages(layer):
     spectrum = layer.spectrum
-    held = [*layer.parameters(), *layer.buffers(), spectrum.left, spectrum.singular_values, spectrum.right]
+    held = [*layer.parameters(), *layer.buffers(), spectrum.left, spectrum.right]
+    held += [spectrum.singular_values, spectrum.reciprocals]
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
@@ -86,17 +91,18 @@ class AllocatedSizes(TorchDispatchMode):
         return result
 
 
+@each_form
 @each_layer
-def test_output_is_the_papers_formula(make_layer, input_shape, dtype, train, paper_weight, relative_error):
-    layer = train(tuned(make_layer().to(dtype)))
+def test_output_is_the_papers_formula(make_layer, input_shape, one_sided, dtype, train, paper_weight, relative_error):
+    layer = train(tuned(make_layer().to(dtype), one_sided=one_sided))
     base_layer = layer.get_base_layer()
     x = input_of(base_layer, input_shape, dtype)
     weight = paper_weight(base_layer.weight, *scale_and_shift(layer), getattr(base_layer, "groups", 1))
     expected = base_forward(base_layer, x, weight)
 
-    y = layer(x)
-    assert y.dtype is dtype
-    assert relative_error(y, expected) < PRECISION[dtype]
+    for y in (layer(x), torch.no_grad()(layer)(x)):
+        assert y.dtype is dtype
+        assert relative_error(y, expected) < PRECISION[dtype]
     assert relative_error(base_layer(x), expected) > 0.1
 
 
@@ -108,10 +114,22 @@ def test_an_untrained_adapter_changes_nothing(make_layer, input_shape, dtype, re
 
 
 @each_layer
+def test_where_the_base_layer_computes_an_untrained_adapter_changes_no_bit(make_layer, input_shape, dtype):
+    base_layer = make_layer().to(dtype)
+    x = input_of(base_layer, input_shape, dtype)
+    for choices in ({"one_sided": True}, {"rank": 4}):
+        layer = tuned(base_layer, **choices)
+        if layer.spectrum.full_rank and layer.spectrum.sides == "both":
+            continue  # U and V have taken the weight's place
+        assert torch.equal(layer(x), base_layer(x))
+
+
+@each_form
+@each_layer
 def test_gradients_are_those_of_the_papers_formula(
-    make_layer, input_shape, dtype, train, paper_weight, relative_error
+    make_layer, input_shape, one_sided, dtype, train, paper_weight, relative_error
 ):
-    layer = train(tuned(make_layer().to(dtype)))
+    layer = train(tuned(make_layer().to(dtype), one_sided=one_sided))
     base_layer = layer.get_base_layer()
     x = input_of(base_layer, input_shape, dtype)
     learned = [x.requires_grad_()] if x.is_floating_point() else []
@@ -290,9 +308,10 @@ def test_a_training_step_makes_no_tensor_of_the_size_of_a_weight(make_layer, inp
 
 
 @pytest.mark.parametrize("input_requires_grad", [True, False])
-def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(input_requires_grad, train):
-    rows, in_features, rank = 50, 64, 16
-    layer = train(tuned(nn.Linear(in_features, rank)))
+@pytest.mark.parametrize("choices", [{}, {"one_sided": True}, {"rank": 6}], ids=str)
+def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(choices, input_requires_grad, train):
+    rows, in_features, rank = 50, 64, choices.get("rank", 16)
+    layer = train(tuned(nn.Linear(in_features, 16), **choices))
     x = torch.randn(rows, in_features, requires_grad=input_requires_grad)
     held = held_storages(layer)
     kept = {}
@@ -305,7 +324,17 @@ def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(input_require
         layer(x)
     sizes = sorted(tensor.numel() for storage, tensor in kept.items() if storage not in held)
     assert sizes[-1] == rows * rank
-    assert sum(sizes[:-1]) <= 2 * rank
+    assert sum(sizes[:-1]) <= 4 * rank
+
+
+def test_one_side_alone_is_held_where_that_was_asked_for_or_costs_less():
+    layers = [nn.Linear(24, 40), nn.Linear(40, 24), nn.Conv2d(4, 10, 3), nn.Embedding(40, 24)]
+    for layer in layers:
+        weight = layer.weight.numel()
+        for choices in ({"one_sided": True}, {"rank": 4}):
+            spectrum = tuned(layer, **choices).spectrum
+            smaller = min(layer.weight.flatten(1).shape)
+            assert spectrum.left.numel() + spectrum.right.numel() == spectrum.rank * smaller < weight
 
 
 def test_singular_values_that_vanish_take_no_part_whatever_the_shift(dtype):
@@ -335,24 +364,43 @@ def test_a_weight_of_zeros_stays_zero():
     assert torch.equal(layer(torch.randn(3, 6)), torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("make_layer, input_shape", [LAYERS["linear, wide"], LAYERS["conv, groups"]])
+@each_form
+@pytest.mark.parametrize(
+    "make_layer, input_shape",
+    [LAYERS["linear, wide"], LAYERS["linear, square, many rows"], LAYERS["conv, groups"]],
+    ids=["linear", "linear, many rows", "conv"],
+)
 def test_autocast_gives_the_dtype_and_the_values_that_the_base_layer_would(
-    make_layer, input_shape, train, paper_weight, relative_error
+    make_layer, input_shape, one_sided, train, paper_weight, relative_error
 ):
-    layer, x = train(tuned(make_layer())), torch.randn(input_shape)
+    layer, x = train(tuned(make_layer(), one_sided=one_sided)), torch.randn(input_shape)
     base_layer = layer.get_base_layer()
     weight = paper_weight(base_layer.weight, *scale_and_shift(layer), getattr(base_layer, "groups", 1))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         assert y.dtype is base_layer(x).dtype is torch.bfloat16
     assert relative_error(y, base_forward(base_layer, x, weight)) < PRECISION[torch.bfloat16]
+    y.float().square().sum().backward()
+    assert all(parameter.grad.dtype is torch.float32 for parameter in scale_and_shift(layer))
 
 
-@pytest.mark.parametrize("make_layer, input_shape", [LAYERS["linear, wide"], LAYERS["conv, reflect"]])
-def test_a_tuned_layer_compiles_into_one_graph(make_layer, input_shape, train):
-    layer, x = train(tuned(make_layer())), torch.randn(input_shape)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
+@each_form
+@pytest.mark.parametrize(
+    "make_layer, input_shape",
+    [LAYERS["linear, wide"], LAYERS["linear, square, many rows"], LAYERS["conv, reflect"], LAYERS["embedding"]],
+    ids=["linear", "linear, many rows", "conv", "embedding"],
+)
+def test_a_tuned_layer_compiles_into_one_graph(make_layer, input_shape, one_sided, train, relative_error):
+    layer = train(tuned(make_layer(), one_sided=one_sided))
+    x = input_of(layer.get_base_layer(), input_shape)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for module in (layer, compiled):
+        y = module(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [*scale_and_shift(layer)]))
+        assert relative_error(y, layer(x)) < 1e-6
+    for expected, actual in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-5
 
 
 def pickled(layer):

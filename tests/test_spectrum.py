@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 
+from svdtune.functional import weight_change
 from svdtune.spectrum import Spectrum, decompose
 
 SHAPES = {"tall": (1, 40, 24), "wide": (1, 24, 40), "square": (1, 24, 24), "batched": (3, 24, 40)}
@@ -115,7 +116,7 @@ def test_a_small_but_genuine_singular_value_is_kept():
     assert Spectrum(weight).left[0].norm(dim=0).min() > 0.99
 
 
-FACTORS = ("left", "singular_values", "right")
+FACTORS = ("left", "singular_values", "right", "reciprocals")
 
 
 def test_the_factors_enter_no_state_dict_but_follow_their_module():
@@ -129,7 +130,12 @@ def test_the_factors_enter_no_state_dict_but_follow_their_module():
     moved = copy.deepcopy(module).to("meta")
     assert {getattr(moved, name).device.type for name in FACTORS} == {"meta"}
     halved = copy.deepcopy(module).bfloat16()
-    assert [getattr(halved, name).dtype for name in FACTORS] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert [getattr(halved, name).dtype for name in FACTORS] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    ]
     assert torch.equal(halved.singular_values, module.singular_values)
 
 
@@ -143,3 +149,28 @@ def test_a_lower_rank_keeps_the_leading_triples_of_each_matrix():
     padded = whole.padded(leading.singular_values, 5).view(3, 24)
     assert torch.equal(padded[:, :5].flatten(), leading.singular_values)
     assert padded[:, 5:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("sides", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_one_side_and_the_weight_give_the_same_change_as_both(spectrum, shape, sides, dtype, relative_error):
+    matrices = matrices_of_spectrum(shape, spectrum).to(dtype)
+    both, one = Spectrum(matrices), Spectrum(matrices, sides=sides)
+    delta = torch.randn(shape[0] * 24) * spectrum.max()
+    expected = weight_change(both.left, delta, both.right)
+    if spectrum.max() > 0:
+        assert relative_error(one.change_of(matrices, delta), expected) < 10 * torch.finfo(dtype).eps
+    else:
+        assert torch.equal(one.change_of(matrices, delta), expected)
+    assert one.left.numel() + one.right.numel() <= both.left.numel() + both.right.numel()
+
+
+def test_only_values_too_small_to_be_divided_by_have_both_their_vectors():
+    assert Spectrum(matrices_of_spectrum(SHAPES["tall"], SPECTRA["flat"]), sides="right").tail == 0
+    one_small = torch.cat([torch.linspace(2, 1, 23), torch.tensor([1e-3])])
+    spectrum = Spectrum(matrices_of_spectrum(SHAPES["tall"], one_small), sides="right")
+    assert (spectrum.tail, spectrum.rank) == (1, 24)
+    assert (spectrum.left.shape, spectrum.right.shape) == ((1, 40, 1), (1, 24, 24))
+    torch.testing.assert_close(spectrum.reciprocals[:23], 1 / one_small[:23].double())
+    assert spectrum.reciprocals[23] == 0

