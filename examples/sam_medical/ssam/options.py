@@ -24,7 +24,11 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class TrainOptions:
     """Train S-SAM on a folder of images and masks."""
 
-    dataset: str = option("brain-mri", "brain-mri, which needs no files, or glas.")
+    dataset: str = option(
+        "brain-mri",
+        "brain-mri, which needs no files; glas, cholecseg8k, abdominal-us, abdominal-us-real-1 to -5, chestx-det, "
+        "lits-png; or own, for a folder of images and masks.",
+    )
     data_root: str | None = option(None, "Folder of the dataset's files.")
     labels: list[str] | None = field(
         default=None, metadata={"help": "Labels to segment; all of the dataset's by default."}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,36 @@ def draw_overlays(predictions: Iterable[tuple[Sample, np.ndarray]], labels: Sequ
             _draw_overlay(sample, predicted, labels, temporary)
 
 
+def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Sequence[str]]], path: Path) -> None:
+    """One PNG: a row of samples a split, with their true masks.
+
+    Args:
+        samples_of_split: The samples of each split, and the labels of their masks.
+        path: Where the picture goes.
+    """
+    columns = max(len(samples) for samples, _ in samples_of_split.values())
+    size = (2.2 * columns, 2.4 * len(samples_of_split) + 0.6)
+    figure, axes = plt.subplots(len(samples_of_split), columns, figsize=size, squeeze=False, constrained_layout=True)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for row, (split, (samples, labels)) in zip(axes, samples_of_split.items(), strict=True):
+        for panel, sample in zip(row, samples, strict=False):
+            panel.imshow(sample.image)
+            panel.set_title(f"{split}: {sample.name}", fontsize=6)
+            for mask, colour in zip(sample.masks, _colours(labels), strict=True):
+                _paint(panel, mask, colour)
+    labels = next(iter(samples_of_split.values()))[1]
+    handles = [Patch(color=colour, label=label) for colour, label in zip(_colours(labels), labels, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=7)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
 def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], path: Path) -> None:
     height, width = sample.image.shape[:2]
     figure, axes = plt.subplots(1, 3, figsize=(12, 12 / 3 * height / width + 0.6), constrained_layout=True)
-    colours = [plt.get_cmap("tab10")(index % 10)[:3] for index in range(len(labels))]
+    colours = _colours(labels)
     contents = {"image": np.zeros_like(predicted), "truth": sample.masks, "prediction": predicted}
     for panel, (title, masks) in zip(axes, contents.items(), strict=True):
         panel.imshow(sample.image)
@@ -77,6 +103,12 @@ def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], 
     figure.legend(handles=handles, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, format="png", dpi=80)
     plt.close(figure)
+
+
+def _colours(labels: Sequence[str]) -> list[Any]:
+    """A colour for each label; twenty before they come again."""
+    colormap = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
+    return [colormap(index % colormap.N)[:3] for index in range(len(labels))]
 
 
 def _paint(axes: Any, mask: np.ndarray, colour: Sequence[float]) -> None:

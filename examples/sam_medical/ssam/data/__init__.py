@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ssam.data.abdominal_us import FOLDS, Ultrasound, real_ultrasound_fold
 from ssam.data.base import Sample, SegmentationDataset
 from ssam.data.brain_mri import BrainMri
+from ssam.data.chestxdet import ChestXDet
+from ssam.data.cholecseg8k import CholecSeg8k
 from ssam.data.glas import Glas
+from ssam.data.lits_png import LitsPng
+from ssam.data.own import OwnData
 from ssam.errors import UserError
 
-DATASETS: dict[str, type[SegmentationDataset]] = {"brain-mri": BrainMri, "glas": Glas}
+DATASETS: dict[str, type[SegmentationDataset]] = {
+    "brain-mri": BrainMri,
+    "cholecseg8k": CholecSeg8k,
+    "abdominal-us": Ultrasound,
+    **{f"abdominal-us-real-{fold}": real_ultrasound_fold(fold) for fold in range(1, FOLDS + 1)},
+    "chestx-det": ChestXDet,
+    "lits-png": LitsPng,
+    "glas": Glas,
+    "own": OwnData,
+}
 
 __all__ = ["DATASETS", "Sample", "SegmentationDataset", "open_dataset"]
 
@@ -25,10 +39,10 @@ def open_dataset(name: str, root: str | None, split: str, labels: list[str] | No
     dataset_type = DATASETS[name]
     if split not in dataset_type.splits:
         raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
-    unknown = [label for label in labels or [] if label not in dataset_type.labels]
-    if unknown:
-        raise UserError(f"{name} has no label {unknown[0]!r}; choose from {', '.join(dataset_type.labels)}.")
     dataset = dataset_type(Path(root) if root else None, split)
+    unknown = [label for label in labels or [] if label not in dataset.labels]
+    if unknown:
+        raise UserError(f"{name} has no label {unknown[0]!r}; choose from {', '.join(dataset.labels)}.")
     if labels:
         dataset.keep_labels(labels)
     return dataset

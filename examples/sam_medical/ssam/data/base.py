@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -95,21 +95,43 @@ def read_image(path: Path) -> np.ndarray:
     Grey values of more than eight bits, as CT and MR are exported, are stretched from the image's lowest to its
     highest.
     """
-    image = _open(path)
+    image = open_image(path)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float32)
-        span = max(float(np.ptp(values)), 1e-8)
-        return np.repeat(((values - values.min()) / span)[..., None], 3, axis=2)
+        return np.repeat(stretched(values, float(values.min()), float(values.max()))[..., None], 3, axis=2)
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
 def read_mask(path: Path) -> np.ndarray:
     """A single-channel mask file's values, (H, W); of a file with colours, the first channel."""
-    values = np.asarray(_open(path))
+    values = np.asarray(open_image(path))
     return values if values.ndim == 2 else values[..., 0]
 
 
-def _open(path: Path) -> Image.Image:
+def stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values from ``low`` to ``high`` as float32 between zero and one."""
+    return ((values.astype(np.float32) - low) / max(high - low, 1e-8)).clip(0, 1)
+
+
+def check_same_size(image: np.ndarray, mask: np.ndarray, mask_path: Path) -> None:
+    """Raises a UserError, naming the mask's file, if it is not of its image's height and width."""
+    if image.shape[:2] != mask.shape:
+        raise UserError(
+            f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}; "
+            "put in the pair that belongs together."
+        )
+
+
+def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Path) -> None:
+    """Raises a UserError, naming the file and the values, if a mask holds values that belong to no label."""
+    unknown = sorted(set(np.unique(mask).tolist()) - set(known))
+    if unknown:
+        some = ", ".join(map(str, unknown[:8])) + (" and others" if len(unknown) > 8 else "")
+        raise UserError(f"{mask_path} holds {some}, which belong to no label; known are {sorted(known)}.")
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file's pixels, or a UserError that names it."""
     try:
         image = Image.open(path)
         image.load()

@@ -11,7 +11,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ssam.data.base import Sample, SegmentationDataset, images_by_stem, read_image, read_mask, require_folder
+from ssam.data.base import (
+    Sample,
+    SegmentationDataset,
+    check_same_size,
+    images_by_stem,
+    read_image,
+    read_mask,
+    require_folder,
+)
 from ssam.errors import UserError
 
 FOLDER = "Warwick_QU_Dataset"
@@ -47,11 +55,7 @@ class Glas(SegmentationDataset):
 
     def read(self, index: int) -> Sample:
         image, mask = read_image(self.images[index]), read_mask(self.masks[index]) > 0
-        if image.shape[:2] != mask.shape:
-            raise UserError(
-                f"{self.masks[index]} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-                f"{image.shape[1]}x{image.shape[0]}; download the pair again."
-            )
+        check_same_size(image, mask, self.masks[index])
         return Sample(self.images[index].stem, image, mask[None])
 
 
