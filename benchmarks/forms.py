@@ -9,9 +9,9 @@ rows: forward and backward, and forward alone. The rule counts multiply-adds, an
 from __future__ import annotations
 
 import torch
-from harness import Claim, Options, Result, run, time_interleaved
 from torch import Tensor
 
+from harness import Claim, Options, Result, run, time_interleaved
 from svdtune.functional import rebuilding_costs_less, rebuilt_linear, scaled_linear
 
 SHAPES = {"square": (768, 768), "to query, key, value": (2304, 768), "up": (3072, 768), "down": (768, 3072)}

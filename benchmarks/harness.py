@@ -7,7 +7,6 @@ that a slow moment of the machine falls on all of them.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -149,11 +148,12 @@ def run(measure: Callable[[Options], Result]) -> None:
 
 
 def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result]:
-    """``measure``, from the same seed and without the denormal numbers that slow a CPU down."""
+    """``measure``, from one seed, with no cache but its own, and without denormal numbers, which slow a CPU down."""
 
     def with_preparation(options: Options) -> Result:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("There is no CUDA device here: leave --device out, or set it to cpu.")
+        os.environ.pop("SVDTUNE_CACHE", None)
         torch.manual_seed(0)
         torch.set_flush_denormal(True)
         return measure(options)
@@ -202,17 +202,11 @@ def bytes_kept(forward: Callable[[], object], held: list[torch.Tensor]) -> int:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How much more memory there was in use during a call than before it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak that Linux remembers
-    before = _memory_status("VmRSS")
+    """How much more of a GPU's memory there was in use during a call than before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
-    return _memory_status("VmHWM") - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def machine(options: Options) -> str:
@@ -235,13 +229,6 @@ def claims_table(claims: list[Claim]) -> str:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _memory_status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}.")
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ import copy
 from functools import partial
 
 import torch
+
 from harness import Options, Result, run, time_interleaved
 from subjects import QUICK_BLOCKS, sam_encoder, tuned
 

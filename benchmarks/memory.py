@@ -3,19 +3,23 @@
     python benchmarks/memory.py [--quick] [--device cuda --dtype bfloat16]
 
 SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks; and one of its MLP blocks alone. What is kept
-for the backward pass is counted tensor by tensor as autograd keeps them, without parameters and singular vectors;
-peaks are the operating system's (on a GPU, the allocator's) over a whole training step.
+for the backward pass is counted tensor by tensor as autograd keeps them, without parameters and singular vectors. On a
+GPU, the allocator's peak over a whole training step stands beside it.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import Claim, Options, Result, bytes_kept, peak_bytes, run
 from peft import PeftModel
+from torch import nn
+
+from harness import Claim, Options, Result, bytes_kept, peak_bytes, run
 from subjects import (
     FULL,
     PUBLISHED,
@@ -29,7 +33,6 @@ from subjects import (
     tuned,
     tuned_layers,
 )
-from torch import nn
 
 MIB = 2**20
 METHODS = ["LoRA r=8", "svdtune", "svdtune, one-sided", "svdtune, rank=64", "LoRA r=64", FULL, PUBLISHED]
@@ -61,26 +64,38 @@ def file_bytes(model: nn.Module) -> int:
         return os.path.getsize(Path(folder) / "adapter_model.safetensors")
 
 
+def costs(subjects: dict[str, Subject], method: str, on_gpu: bool) -> dict[str, Any]:
+    """What a method takes: bytes kept, at a step's peak and of the file, the vectors' share, and what it trains."""
+    models = {name: tuned(subject, method) for name, subject in subjects.items()}
+    encoder = models["encoder"]
+    found = {
+        "kept": {name: kept(models[name], subject.x) for name, subject in subjects.items()},
+        "peak": peak_bytes(training_step(encoder, subjects["encoder"].x)) if on_gpu else None,
+        "vectors": vectors_share(encoder) if tuned_layers(encoder) else None,
+        "file": file_bytes(encoder) if isinstance(encoder, PeftModel) else None,
+        "trained": trained_values(encoder),
+    }
+    del models, encoder
+    gc.collect()  # a PEFT model refers to itself
+    return found
+
+
 def measure(options: Options) -> Result:
     result = Result("memory")
     encoder = sam_encoder(options, blocks=QUICK_BLOCKS if options.quick else 12)
     subjects = {"encoder": encoder, "MLP": mlp_block(options)}
-    rows, found = [], {}
-    for method in METHODS:
-        models = {name: tuned(subject, method) for name, subject in subjects.items()}
-        bytes_of = {name: kept(models[name], subject.x) for name, subject in subjects.items()}
-        peak = peak_bytes(training_step(models["encoder"], encoder.x))
-        ours = method.startswith("svdtune")
-        share = vectors_share(models["encoder"]) if ours else 0.0
-        size = file_bytes(models["encoder"]) if isinstance(models["encoder"], PeftModel) else 0
-        found[method] = {"kept": bytes_of, "peak": peak, "vectors": share, "file": size}
+    found = {method: costs(subjects, method, options.device == "cuda") for method in METHODS}
+    rows = []
+    for method, taken in found.items():
+        sizes = [taken["kept"]["encoder"], taken["kept"]["MLP"], taken["peak"]]
+        share, size = taken["vectors"], taken["file"]
         rows.append(
             [
                 method,
-                f"{trained_values(models['encoder']):,}",
-                *(f"{number / MIB:.0f}" for number in (bytes_of["encoder"], bytes_of["MLP"], peak)),
-                f"{share:.2f}" if ours else "",
-                f"{size / 1000:.0f}" if size else "",
+                f"{taken['trained']:,}",
+                *("" if number is None else f"{number / MIB:.0f}" for number in sizes),
+                "" if share is None else f"{share:.2f}",
+                "" if size is None else f"{size / 1000:.0f}",
             ]
         )
     columns = ["", "trained values", "kept, MiB", "kept by an MLP block, MiB", "peak of a step, MiB"]

@@ -9,10 +9,11 @@ tokens, forward only. PEFT's LoRA, r=8 on the same layers, runs beside in the sa
 from __future__ import annotations
 
 import torch
-from harness import Options, Result, run, time_interleaved
 from peft import PeftConfig, PeftModel, get_peft_model
-from subjects import lora, ours
 from transformers import BertConfig, BertModel
+
+from harness import Options, Result, run, time_interleaved
+from subjects import lora, ours
 
 TARGETS = ["query", "key", "value", "dense"]
 SAMPLES, TOKENS, WORDS = 64, 32, 1000

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import matplotlib
+
 from harness import Options, Result, bytes_kept, results_folder, run, time_interleaved
 from subjects import (
     FULL,

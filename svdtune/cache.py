@@ -2,7 +2,7 @@
 
 A file's name is a hash of the weight's content and of what was asked of it: a weight that has changed has another
 name, so what is found is never wrong. Files are written under another name and renamed, so that whoever reads or
-writes at the same time finds a whole file or none. The least recently used ones go when there are too many.
+writes at the same time finds a whole file or none. The least recently used ones go when they take too much room.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAXIMUM_BYTES = 20 * 2**30
 # Weights are hashed in pieces of that many bytes, several at a time.
 PIECE_BYTES = 2**20
 SUFFIX, UNFINISHED = ".safetensors", ".unfinished"
-A_DAY = 24 * 60 * 60
+A_DAY, A_MOMENT = 24 * 60 * 60, 10 * 60
 
 
 def cache_folder(option: str | None) -> Path | None:
@@ -79,45 +79,57 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a file, mapped into memory; None if it is not there or not whole."""
     try:
         tensors = load_file(path)
-        os.utime(path)  # the time of its last use
-        return tensors
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ):  # torch opens it a second time, when it may just have been removed
+    # RuntimeError is torch's, which opens it a second time, when it may just have been removed.
+    except (OSError, RuntimeError, SafetensorError):
         return None
+    with contextlib.suppress(OSError):  # a folder that others write to, and we only read
+        os.utime(path)  # the time of its last use
+    return tensors
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    if size > MAXIMUM_BYTES or 2 * size > shutil.disk_usage(path.parent).free:
+    if 2 * size > shutil.disk_usage(path.parent).free or not _make_room(path.parent, size):
         return
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=UNFINISHED, delete=False) as file:
         unfinished = Path(file.name)
     try:
         save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, unfinished)
+        unfinished.chmod(0o666 & ~_umask())  # temporary files are for their owner only
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    _make_room(path.parent)
 
 
-def _make_room(folder: Path) -> None:
-    """Removes the least recently used files until all take up no more than `MAXIMUM_BYTES`, and what writers that were
-    killed have left."""
+def _make_room(folder: Path, size: int) -> bool:
+    """Whether a file of that size has room beside the others in `MAXIMUM_BYTES`, once the least recently used ones and
+    what killed writers have left are removed.
+
+    Files that were used a moment ago stay: they are of the model that is being loaded. If it has more of them than
+    there is room for, the first ones are kept, for each would otherwise remove what is needed next.
+    """
     files = []
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+        with contextlib.suppress(OSError):  # another process makes room, too
             status = path.stat()
-            if path.suffix == UNFINISHED and time.time() - status.st_mtime > A_DAY:
+            age = time.time() - status.st_mtime
+            if path.suffix == UNFINISHED and age > A_DAY:
                 path.unlink()
             elif path.suffix == SUFFIX:
-                files.append((status.st_mtime, status.st_size, path))
-    excess = sum(size for _, size, _ in files) - MAXIMUM_BYTES
-    for _, size, path in sorted(files):
-        if excess <= 0:
+                files.append((age, status.st_size, path))
+    excess = sum(taken for _, taken, _ in files) + size - MAXIMUM_BYTES
+    for age, taken, path in sorted(files, reverse=True):
+        if excess <= 0 or age < A_MOMENT:
             break
-        path.unlink(missing_ok=True)
-        excess -= size
+        with contextlib.suppress(OSError):
+            path.unlink()
+            excess -= taken
+    return excess <= 0
+
+
+def _umask() -> int:
+    """What this process takes away from the rights of new files; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

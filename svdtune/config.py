@@ -47,7 +47,8 @@ class SVDScaleShiftConfig(PeftConfig):
         init_weights: If False, A and B start at random values near the identity instead of on it; for tests.
         one_sided: Whether to hold only the smaller side's singular vectors, U or V, of every layer: for a block of a
             transformer a third of its weights' memory in place of four thirds, for a quarter more multiply-adds.
-            Layers that are quantised, or that tune only their leading values, do so anyway.
+            Layers that are quantised, or that tune only their leading values, do so anyway. Where a layer has several
+            adapters it counts for the first, and for one that has a higher rank than those before.
         svd_cache: A folder to keep decompositions in, so that a weight is decomposed once and not at every load; by
             default the one that the environment variable ``SVDTUNE_CACHE`` names, if it does. Not saved.
         strict: Whether to refuse, instead of warn, when the adapter is loaded onto a base whose singular vectors

@@ -49,12 +49,21 @@ def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: 
     x V (N, r) instead of x (N, in).
 
     Shapes: x (..., in), left (out, r), right (r, in), bias (out,); values (r,), or (B, r) with a row for each sample
-    of x (B, ..., in). Returns (..., out). ``left`` and ``right`` get no gradient.
+    of x (B, ..., in). Returns (..., out), computed in the dtype of x, or autocast's where it is on. ``left`` and
+    ``right`` get no gradient, and there is no forward-mode differentiation.
     """
-    x, left, right, bias = _as_autocast_would(x, left, right, bias)
+    x = _as_autocast_would(x)
     if values.ndim == 1 and torch.is_grad_enabled():
         return _ScaledLinear.apply(x, left, values, right, bias)[0]
-    return _scale_and_multiply(F.linear(x, right), values, left, bias)
+    return _scaled_linear(x, left, values, right, bias)[0]
+
+
+def _scaled_linear(
+    x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The product, and x V."""
+    coordinates = F.linear(x, right.to(x.dtype))
+    return _scale_and_multiply(coordinates, values, left, bias), coordinates
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -65,9 +74,8 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        coordinates = F.linear(x, right)
-        # They are an output, so that whoever differentiates twice comes by them to x.
-        return _scale_and_multiply(coordinates, values, left, bias), coordinates
+        # x V is an output, so that whoever differentiates twice comes by it to x.
+        return _scaled_linear(x, left, values, right, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -80,7 +88,7 @@ class _ScaledLinear(torch.autograd.Function):
         left, values, right, coordinates = ctx.saved_tensors
         of_x = of_values = of_bias = None
         if gradient is not None:
-            of_products = gradient @ left
+            of_products = gradient @ left.to(gradient.dtype)
             if ctx.needs_input_grad[0]:
                 of_x = _scale_and_multiply(of_products, values, right.mT)
             if ctx.needs_input_grad[2]:
@@ -88,7 +96,7 @@ class _ScaledLinear(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         if of_coordinates is not None and ctx.needs_input_grad[0]:
-            through = of_coordinates @ right
+            through = of_coordinates @ right.to(of_coordinates.dtype)
             of_x = through if of_x is None else of_x + through
         return of_x, None, of_values, None, of_bias
 
@@ -99,10 +107,9 @@ def rebuilt_linear(
     """x W'ᵀ + bias with W' = weight + left diag(delta) right, built in the forward and again in the backward pass.
 
     Shapes: x (..., in), weight (out, in), left (out, r), delta (r,), right (r, in), bias (out,). Returns (..., out).
-    ``weight``, ``left`` and ``right`` get no gradient.
+    Computed in the dtype of x, or autocast's where it is on. ``weight``, ``left`` and ``right`` get no gradient.
     """
-    x, weight, left, right, bias = _as_autocast_would(x, weight, left, right, bias)
-    return _RebuiltLinear.apply(x, weight, left, delta, right, bias)
+    return _RebuiltLinear.apply(_as_autocast_would(x), weight, left, delta, right, bias)
 
 
 class _RebuiltLinear(torch.autograd.Function):
@@ -112,7 +119,8 @@ class _RebuiltLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, _rebuilt(weight, left, delta, right), bias)
+        rebuilt = _rebuilt(weight, left, delta, right, x.dtype)
+        return F.linear(x, rebuilt, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,10 +132,10 @@ class _RebuiltLinear(torch.autograd.Function):
         of_x = of_delta = of_bias = None
         rows = gradient.reshape(-1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _rebuilt(weight, left, delta, right)
+            of_x = gradient @ _rebuilt(weight, left, delta, right, gradient.dtype)
         if ctx.needs_input_grad[3]:
             of_weight = rows.mT @ x.reshape(-1, x.shape[-1])
-            of_delta = _sum_of_products((left.mT @ of_weight).mT, right.mT, delta.dtype)
+            of_delta = _sum_of_products((left.mT.to(of_weight) @ of_weight).mT, right.mT, delta.dtype)
         if ctx.needs_input_grad[5]:
             of_bias = rows.sum(0)
         return of_x, None, None, of_delta, None, of_bias
@@ -136,8 +144,8 @@ class _RebuiltLinear(torch.autograd.Function):
 def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backward: bool) -> bool:
     """Whether `rebuilt_linear` takes fewer multiply-adds than `scaled_linear` for that many rows, at full rank.
 
-    For the forward pass alone, it does from a number of rows on that is about the smaller side. With the backward
-    pass it can only where the weight is nearly square, and it keeps x in place of x V; so never where x is larger.
+    For the forward pass alone, it does where there are more rows than the larger side. With the backward pass it can
+    only where the weight is nearly square, and it keeps x in place of x V; so never where x is larger.
     """
     rank = min(out_features, in_features)
     factored = rows * rank * (out_features + in_features)
@@ -179,11 +187,11 @@ def scaled_convolution(
     """
     groups, rank = right.shape[:2]
     dimensions = len(convolution.kernel_size)
-    kernels = right.reshape(groups * rank, -1, *convolution.kernel_size)
+    kernels = right.reshape(groups * rank, -1, *convolution.kernel_size).to(x.dtype)
     coordinates = convolution._conv_forward(x, kernels, None)  # type: ignore[arg-type]
     scaled = (coordinates * values.reshape(*values.shape, *[1] * dimensions)).to(coordinates.dtype)
     mix = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
-    return mix(scaled, left.reshape(-1, rank, *[1] * dimensions), bias, groups=groups)
+    return mix(scaled, left.reshape(-1, rank, *[1] * dimensions).to(x.dtype), bias, groups=groups)
 
 
 def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:
@@ -219,17 +227,19 @@ def _scaled(coordinates: Tensor, values: Tensor) -> Tensor:
 
 
 def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(rows * values) matrixᵀ + bias; the values go to the matrix where that has fewer rows.
+    """(rows * values) matrixᵀ + bias, in the dtype of rows; the values go to the matrix where that has fewer rows.
 
     Shapes: rows (..., r), values (r,) or (B, r), matrix (out, r), bias (out,); returns (..., out).
     """
+    bias = None if bias is None else bias.to(rows.dtype)
     if values.ndim == 1 and rows.numel() > matrix.numel():
-        return F.linear(rows, _scaled(matrix, values), bias)
-    return F.linear(_scaled(rows, values), matrix, bias)
+        return F.linear(rows, (matrix * values).to(rows.dtype), bias)
+    return F.linear(_scaled(rows, values), matrix.to(rows.dtype), bias)
 
 
-def _rebuilt(weight: Tensor, left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
-    return torch.addmm(weight, _scaled(left, delta), right)
+def _rebuilt(weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + U diag(delta) Vᵀ, from factors that are rounded to ``dtype`` first."""
+    return torch.addmm(weight.to(dtype), (left * delta).to(dtype), right.to(dtype))
 
 
 def _sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,10 +248,8 @@ def _sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return products.reshape(-1, products.shape[-1]).sum(0, dtype=dtype)
 
 
-def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where it is on: what is below are not the functions that it knows."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)
+def _as_autocast_would(x: Tensor) -> Tensor:
+    """x in autocast's dtype where it is on: what it goes into is no function that autocast knows."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

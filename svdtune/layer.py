@@ -69,11 +69,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._before_merge: Any = None
-        self.cache = cache_folder(config.svd_cache)
         matrices = self._checked_matrices()
         self.in_features, self.out_features = self.features(matrices)
         rank = config.rank_of(rank_pattern_key, min(matrices.shape[1:]))
-        self.spectrum = Spectrum(matrices, rank, self.sides(matrices, rank, config.one_sided), self.cache)
+        sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
+        self.spectrum = Spectrum(matrices, rank, sides, cache)
         self.update_layer(adapter_name, config, rank_pattern_key)
 
     def update_layer(
@@ -83,7 +83,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         rank = config.rank_of(rank_pattern_key, self.spectrum.available_rank)
         if rank > self.spectrum.rank:
             matrices = self._checked_matrices()
-            self.spectrum = Spectrum(matrices, rank, self.sides(matrices, rank, config.one_sided), self.cache)
+            sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
+            self.spectrum = Spectrum(matrices, rank, sides, cache)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
         values = self.spectrum.leading(self.spectrum.singular_values, rank)
@@ -333,7 +334,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def _decompose(self, weight: Tensor) -> None:
         """Takes another weight apart as the one before."""
-        self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, self.cache)
+        self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, cache_folder(None))
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
@@ -363,6 +364,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _stacked(parameters: nn.ParameterDict, adapter_names: list[str], default: Tensor) -> Tensor:
     """One row a name, in the dtype of ``default`` or a wider one; ``default`` where an adapter does not learn them."""
-    rows = [parameters[name] if name in parameters else default for name in adapter_names]
+    # All at once: looking up hundreds of names in a ParameterDict takes as long as a product.
+    learned = dict(parameters.named_parameters(remove_duplicate=False)) if len(adapter_names) > 1 else parameters
+    rows = [learned.get(name, default) for name in adapter_names]
     stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
     return stacked.to(torch.promote_types(stacked.dtype, default.dtype))

@@ -93,23 +93,52 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     assert same(found, Spectrum(MATRICES[torch.float32]))
 
 
-def test_the_least_recently_used_files_go_first(tmp_path, monkeypatch, decompositions):
+@pytest.fixture
+def room_for_three(tmp_path, monkeypatch):
+    """Four weights, the first three of them in the cache, the first one least recently used."""
     weights = torch.randn(4, 1, 40, 24)
     for index, weight in enumerate(weights[:3]):
         before = set(tmp_path.iterdir())
         Spectrum(weight, cache=tmp_path)
         (path,) = set(tmp_path.iterdir()) - before
         os.utime(path, (1000 + index, 1000 + index))
-    Spectrum(weights[0], cache=tmp_path)  # used again, so the second is the one that was not for longest
     monkeypatch.setattr(cache, "MAXIMUM_BYTES", int(3.5 * path.stat().st_size))
-    Spectrum(weights[3], cache=tmp_path)
+    return weights
+
+
+def test_the_least_recently_used_files_go_first(room_for_three, tmp_path, decompositions):
+    Spectrum(room_for_three[0], cache=tmp_path)  # used again, so the second is the one that was not for longest
+    Spectrum(room_for_three[3], cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
     decompositions.clear()
     for index in (0, 2, 3):
-        Spectrum(weights[index], cache=tmp_path)
+        Spectrum(room_for_three[index], cache=tmp_path)
     assert not decompositions
-    Spectrum(weights[1], cache=tmp_path)
+    Spectrum(room_for_three[1], cache=tmp_path)
+    assert len(decompositions) == 1
+
+
+def test_a_model_too_large_for_the_cache_finds_the_part_that_is_in_it(room_for_three, tmp_path, decompositions):
+    for _ in range(3):
+        decompositions.clear()
+        for weight in room_for_three:
+            Spectrum(weight, cache=tmp_path)
+    assert len(decompositions) == 1
+
+
+def test_a_cache_that_others_fill_is_read_and_one_that_is_shared_can_be(tmp_path, monkeypatch, decompositions):
+    Spectrum(MATRICES[torch.float32], cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    Spectrum(MATRICES[torch.float32], cache=tmp_path)
     assert len(decompositions) == 1
 
 

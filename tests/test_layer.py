@@ -308,8 +308,10 @@ def test_a_training_step_makes_no_tensor_of_the_size_of_a_weight(make_layer, inp
 
 
 @pytest.mark.parametrize("input_requires_grad", [True, False])
-@pytest.mark.parametrize("choices", [{}, {"one_sided": True}, {"rank": 6}], ids=str)
-def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(choices, input_requires_grad, train):
+@pytest.mark.parametrize(
+    "choices, autocast", [({}, False), ({}, True), ({"one_sided": True}, False), ({"rank": 6}, False)], ids=str
+)
+def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(choices, input_requires_grad, autocast, train):
     rows, in_features, rank = 50, 64, choices.get("rank", 16)
     layer = train(tuned(nn.Linear(in_features, 16), **choices))
     x = torch.randn(rows, in_features, requires_grad=input_requires_grad)
@@ -320,7 +322,10 @@ def test_the_backward_pass_keeps_the_coordinates_and_not_the_input(choices, inpu
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         layer(x)
     sizes = sorted(tensor.numel() for storage, tensor in kept.items() if storage not in held)
     assert sizes[-1] == rows * rank

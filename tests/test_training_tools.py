@@ -62,6 +62,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, model, b
     assert_same(gradients(model, batch), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_may_compute_the_first_forward_in_another_form(use_reentrant, model, batch):
+    """A reentrant one runs without gradients, where weights are rebuilt for fewer rows than with them."""
+    batch = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in batch.items()}
+    expected = gradients(model.train(), batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same(gradients(model, batch), expected, atol=1e-6, rtol=1e-4)
+
+
 @pytest.fixture
 def compilations():
     """How many graphs were compiled so far; each broken graph is at least one more."""

@@ -123,6 +123,20 @@ class TestUltrasound:
         assert sorted(tests) == ["a15", "a2", "b1", "g3", "h1", "h20", "h4"]
         assert names(open_dataset("abdominal-us", str(folder), "test"))[:2] == ["a2", "a15"]
 
+    def test_neighbouring_frames_are_in_one_fold(self, folder):
+        tests = [names(open_dataset(f"abdominal-us-real-{fold}", str(folder), "test")) for fold in range(1, 6)]
+        assert list(itertools.chain(*tests)) == ["a2", "a15", "b1", "g3", "h1", "h4", "h20"]
+
+    def test_the_edge_between_an_organ_and_black_is_no_liver(self, folder):
+        large = Image.new("RGB", (256, 192))
+        ImageDraw.Draw(large).ellipse((60, 40, 190, 150), fill=COLOURS["spleen"])
+        mask = folder / "abdominal_US" / "abdominal_US" / "RUS" / "annotations" / "test" / "a2.png"
+        large.resize((64, 48), Image.Resampling.BICUBIC).save(mask)
+        dataset = open_dataset("abdominal-us", str(folder), "test")
+        assert [label for label, found in zip(dataset.labels, dataset[0].masks, strict=True) if found.any()] == [
+            "spleen"
+        ]
+
     def test_what_is_missing_is_named(self, folder):
         inner = folder / "abdominal_US" / "abdominal_US"
         (inner / "RUS" / "annotations" / "test" / "g3.png").unlink()
@@ -179,6 +193,10 @@ class TestChestXDet:
         assert len(open_dataset("chestx-det", str(folder), "test")) == 2
         (folder / "anywhere" / "105.png").unlink()
         with pytest.raises(UserError, match=r"1 of the 2 images .* first 105\.png; put the images into .*test_data"):
+            open_dataset("chestx-det", str(folder), "test")
+        (folder / "thumbnails").mkdir()
+        shutil.copy(folder / "anywhere" / "100.png", folder / "thumbnails")
+        with pytest.raises(UserError, match=r"100\.png have one name; put the image into"):
             open_dataset("chestx-det", str(folder), "test")
         path = folder / "ChestX_Det_train.json"
         path.write_text(path.read_text().replace("Effusion", "Effusions"))
@@ -281,6 +299,17 @@ class TestOwnData:
         dataset = open_dataset("own", str(folder), "test")
         assert (len(dataset), list(dataset.labels)) == (10, ["cyst", "vessel"])
         assert dataset[4].masks.any((1, 2)).tolist() == [True, False]
+
+    def test_names_may_have_dots_and_hidden_folders_are_no_labels(self, folder):
+        for number in range(10):
+            for kind, stem in (("images", "Scan"), ("masks", "scan")):
+                (folder / kind / f"{stem}{number}.png").rename(folder / kind / f"1.2.{number}.png")
+        assert names(open_dataset("own", str(folder), "test")) == ["1.2.7", "1.2.9"]
+        (folder / "labels.json").unlink()
+        shutil.copytree(folder / "masks", folder / "copy")
+        shutil.move(folder / "copy", folder / "masks" / "cyst")
+        (folder / "masks" / ".ipynb_checkpoints").mkdir()
+        assert open_dataset("own", str(folder), "test").labels == ("cyst",)
 
     def test_a_volume_is_read_slice_by_slice(self, tmp_path):
         scan = np.random.default_rng(0).normal(0, 400, (12, 9, 5)).astype(np.float32)

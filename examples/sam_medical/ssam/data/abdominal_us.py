@@ -77,7 +77,9 @@ class Ultrasound(SegmentationDataset):
 
 
 class RealUltrasound(Ultrasound):
-    """The real images alone, by number in five folds: one for the test, the next for validation, three to train."""
+    """The real images alone in five folds: one for the test, the next for validation, three to train.
+
+    A fold is a run of neighbours by name, since frames that follow one another show nearly the same."""
 
     fold = 0
 
@@ -85,11 +87,12 @@ class RealUltrasound(Ultrasound):
         super().__init__(root, "test")
         self.split = split
         held_out = {"test": self.fold, "validation": (self.fold + 1) % FOLDS}
+        count = len(self.images)
+        fold_of = [index * FOLDS // count for index in range(count)]
         chosen = [
             index
-            for index in range(len(self.images))
-            if index % FOLDS == held_out.get(split, -1)
-            or (split == "train" and index % FOLDS not in held_out.values())
+            for index, fold in enumerate(fold_of)
+            if fold == held_out.get(split) or (split == "train" and fold not in held_out.values())
         ]
         self.images = [self.images[index] for index in chosen]
         self.masks = [self.masks[index] for index in chosen]

@@ -54,7 +54,7 @@ class ChestXDet(SegmentationDataset):
             ]
         elif split == "test":
             self.records = self.records[::TEST_EVERY]
-        found = {file.name: file for file in root.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")}
+        found = _find_images(root, f"{part}_data", [record["file_name"] for record in self.records])
         missing = [record["file_name"] for record in self.records if record["file_name"] not in found]
         if missing:
             raise UserError(
@@ -69,6 +69,19 @@ class ChestXDet(SegmentationDataset):
     def read(self, index: int) -> Sample:
         image = read_image(self.images[index])
         return Sample(self.images[index].stem, image, masks_of(self.records[index], *image.shape[:2]))
+
+
+def _find_images(root: Path, usual: str, names: list[str]) -> dict[str, Path]:
+    """The images by name: from the usual folder, or where they are in no other folder than one."""
+    found = {name: root / usual / name for name in names if (root / usual / name).is_file()}
+    wanted = set(names) - found.keys()
+    if wanted:
+        for path in sorted(root.rglob("*")):
+            if path.name in wanted:
+                other = found.setdefault(path.name, path)
+                if other != path:
+                    raise UserError(f"{other} and {path} have one name; put the image into {root / usual}.")
+    return found
 
 
 def masks_of(record: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -92,11 +105,14 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             f"cannot read {path}: {error}; --data-root must be the folder that holds {HOLDING}."
         ) from error
     for record in records:
-        name = record.get("file_name", "a record without file_name")
-        unknown = sorted(set(record.get("syms", [])) - set(LABELS))
+        absent = {"file_name", "syms", "polygons"} - record.keys()
+        if absent:
+            raise UserError(f"{path} has a record without {min(absent)}; download it again.")
+        name = record["file_name"]
+        unknown = sorted(set(record["syms"]) - set(LABELS))
         if unknown:
             raise UserError(f"{path} gives {name} the label {unknown[0]!r}; it may be {', '.join(LABELS)}.")
-        if len(record.get("syms", [])) != len(record.get("polygons", [])):
+        if len(record["syms"]) != len(record["polygons"]):
             raise UserError(f"{path} does not give {name} one polygon for each of its labels; download it again.")
         if any(len(polygon) < 2 for polygon in record["polygons"]):
             raise UserError(f"{path} gives {name} a polygon of fewer than two points; download it again.")

@@ -10,7 +10,8 @@
 Both folders may also hold volumes as NIfTI files, .nii or .nii.gz, which are read slice by slice along their last
 axis. Where there are folders ``train``, ``validation`` and ``test`` that each hold ``images`` and ``masks``, they are
 the splits; otherwise of every ten images, or volumes, in the order of their names, one is for validation and two are
-for the test.
+for the test. Neighbouring slices or frames that are pictures of their own would then be in several splits: give such
+images folders for each split.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +49,7 @@ class OwnData(SegmentationDataset):
     def __init__(self, root: Path | None, split: str) -> None:
         super().__init__(root, split)
         root = require_folder(root, "own", HOLDING)
-        has_splits = (root / split / "images").is_dir()
+        has_splits = any((root / name / "images").is_dir() for name in self.splits)
         folder = root / split if has_splits else root
         self.values = _read_label_values(folder, root)
         self.mask_folder = require_folder(folder / "masks", "own", "a mask for each image, or a folder for each label")
@@ -79,7 +81,7 @@ class OwnData(SegmentationDataset):
     def read(self, index: int) -> Sample:
         path, mask_paths, number = self.items[index]
         image = _image(path, number)
-        name = path.name.partition(".")[0] if number is None else f"{path.name.partition('.')[0]}_{number:03}"
+        name = path.stem if number is None else f"{_without_suffix(path.name)}_{number:03}"
         masks = []
         for mask_path in mask_paths:
             if mask_path is None:
@@ -114,7 +116,7 @@ def _read_label_values(folder: Path, root: Path) -> dict[str, int]:
 
 
 def _label_folders(masks: Path) -> list[str]:
-    labels = sorted(path.name for path in masks.iterdir() if path.is_dir())
+    labels = sorted(path.name for path in masks.iterdir() if path.is_dir() and not path.name.startswith((".", "@")))
     if not labels:
         raise UserError(
             f"the labels of {masks} are unknown: put a labels.json beside it, "
@@ -125,11 +127,7 @@ def _label_folders(masks: Path) -> list[str]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Images and volumes by lower-case stem, in the order of their names."""
-    volumes = {
-        path.name.lower().removesuffix(".gz").removesuffix(".nii"): path
-        for path in folder.iterdir()
-        if _is_volume(path)
-    }
+    volumes = {_without_suffix(path.name.lower()): path for path in folder.iterdir() if _is_volume(path)}
     images = images_by_stem(folder)
     for stem in volumes.keys() & images.keys():
         raise UserError(f"{folder} holds both {volumes[stem].name} and {images[stem].name}; remove one of the two.")
@@ -137,46 +135,62 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _is_volume(path: Path) -> bool:
-    return path.name.lower().endswith(VOLUMES)
+    return path.name.lower().endswith(VOLUMES) and not path.name.startswith(".")
+
+
+def _without_suffix(name: str) -> str:
+    suffix = next(suffix for suffix in VOLUMES if name.lower().endswith(suffix))
+    return name[: -len(suffix)]
 
 
 def _slices(image: Path, masks: list[Path | None]) -> Sequence[int | None]:
     """The slices of a volume, by their numbers; None for a picture."""
     if not _is_volume(image):
         return [None]
-    shape = _volume(image).shape
+    shape = _open_volume(image).shape
+    if len(shape) != 3:
+        raise UserError(f"{image} has {len(shape)} dimensions, and not three; split it into volumes.")
     for mask in masks:
-        if mask is not None and (not _is_volume(mask) or _volume(mask).shape != shape):
+        if mask is not None and (not _is_volume(mask) or _open_volume(mask).shape != shape):
             raise UserError(f"{mask} is not a volume of {' x '.join(map(str, shape))}, as its image {image.name} is.")
     return range(shape[2])
 
 
-@lru_cache(maxsize=4)
-def _volume(path: Path) -> np.ndarray:
-    """A NIfTI file's values, (X, Y, slices)."""
+def _open_volume(path: Path) -> Any:
+    """A NIfTI file, of which only the header has been read."""
     import nibabel
 
     try:
-        values = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+        return nibabel.load(path)
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as NIfTI ({first_line(error)}); replace or remove the file."
         ) from error
-    if values.ndim != 3:
-        raise UserError(f"{path} has {values.ndim} dimensions, and not three; split it into volumes.")
-    return values
+
+
+# Enough for one volume with the masks of a dozen labels; shuffled slices read their volume again.
+@lru_cache(maxsize=16)
+def _volume(path: Path) -> tuple[np.ndarray, float, float]:
+    """A NIfTI file's values, (X, Y, slices) in float32, with the lowest and the highest of them."""
+    file = _open_volume(path)
+    try:
+        values = np.asarray(file.dataobj, dtype=np.float32)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as NIfTI ({first_line(error)}); replace or remove the file."
+        ) from error
+    return values, float(values.min()), float(values.max())
 
 
 def _image(path: Path, number: int | None) -> np.ndarray:
     if number is None:
         return read_image(path)
-    volume = _volume(path)
-    values = stretched(volume[:, :, number], float(volume.min()), float(volume.max()))
-    return np.repeat(_upright(values)[..., None], 3, axis=2)
+    values, low, high = _volume(path)
+    return np.repeat(_upright(stretched(values[:, :, number], low, high))[..., None], 3, axis=2)
 
 
 def _mask(path: Path, number: int | None) -> np.ndarray:
-    return read_mask(path) if number is None else _upright(np.rint(_volume(path)[:, :, number]).astype(int))
+    return read_mask(path) if number is None else _upright(np.rint(_volume(path)[0][:, :, number]).astype(int))
 
 
 def _upright(plane: np.ndarray) -> np.ndarray:
