@@ -18,7 +18,18 @@ from typing import Any
 from harness import Claim, claims_table, markdown_table
 
 HERE = Path(__file__).parent
-SCRIPTS = ["step", "memory", "inference", "mixed_batch", "wrapping", "growth", "forms", "precision", "peers"]
+SCRIPTS = [
+    "step",
+    "memory",
+    "inference",
+    "mixed_batch",
+    "wrapping",
+    "growth",
+    "forms",
+    "precision",
+    "peers",
+    "where_time_goes",
+]
 
 
 def run_script(script: str, options: list[str]) -> Path | None:

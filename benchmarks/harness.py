@@ -1,7 +1,7 @@
 """What every benchmark here has in common: options, timing, memory, and results as Markdown and JSON.
 
-Contenders take turns in one run after a warm-up, and are compared by the median of their ratios round by round, so
-that a slow moment of the machine falls on all of them.
+Contenders take turns, in another order each round, in one run after a warm-up, and are compared by the median of their
+ratios round by round: so a slow moment of the machine, and what memory the one before has left, fall on all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -162,13 +163,17 @@ def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result
 
 
 def time_interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Timings:
-    """Calls every contender once a round, ``rounds`` times after the ``warm_up``."""
+    """Calls every contender once a round, ``rounds`` times after the ``warm_up``.
+
+    In another order each time: what memory the one before has left behind makes several per cent of a step on a CPU.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    shuffled = random.Random(0)
     for round_number in range(warm_up + rounds):
-        for name, call in contenders.items():
+        for name in shuffled.sample(list(contenders), len(contenders)):
             _synchronize()
             start = time.perf_counter()
-            call()
+            contenders[name]()
             _synchronize()
             if round_number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
