@@ -1,6 +1,7 @@
 """All benchmarks, and what they say of every measure that has a reach.
 
     python benchmarks/bench.py [--quick] [--device cuda --dtype bfloat16]     (make bench is --quick)
+    python benchmarks/bench.py --report [...]     writes the tables again from the results that are there
 
 Each runs in a process of its own, one after the other: leave the machine alone meanwhile. Results go to a folder for
 each device and dtype in benchmarks/results, those of --quick to benchmarks/results/quick; its README.md holds all
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import Claim, claims_table, markdown_table
+from harness import Claim, claims_table, markdown_table, parse_options, results_folder
 
 HERE = Path(__file__).parent
 SCRIPTS = [
@@ -32,17 +33,9 @@ SCRIPTS = [
 ]
 
 
-def run_script(script: str, options: list[str]) -> Path | None:
-    """Runs one, passing on what it prints, and returns the file of its result; None if it failed."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / f"{script}.py"), *options], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
-    return None if process.wait() else Path(last)
+def run_script(script: str, options: list[str]) -> bool:
+    """Runs one, with its output here; whether it came to its end."""
+    return subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options]).returncode == 0
 
 
 def report(results: list[dict[str, Any]], options: list[str], folder: Path) -> str:
@@ -66,19 +59,25 @@ def report(results: list[dict[str, Any]], options: list[str], folder: Path) -> s
     return "\n\n".join(parts) + "\n"
 
 
+def found_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, in the order of the scripts."""
+    paths = [folder / f"{script}.json" for script in SCRIPTS]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
 def main() -> None:
     options = sys.argv[1:]
     if {"-h", "--help"} & set(options):
         sys.exit(__doc__)
-    results, failed = [], []
-    for script in SCRIPTS:
+    only_report = "--report" in options
+    options = [option for option in options if option != "--report"]
+    folder = results_folder(parse_options(options))
+    failed = []
+    for script in [] if only_report else SCRIPTS:
         print(f"\n## {script}\n", flush=True)
-        path = run_script(script, options)
-        if path is None:
+        if not run_script(script, options):
             failed.append(script)
-        else:
-            results.append(json.loads(path.read_text()))
-            folder = path.parent
+    results = [result for result in found_results(folder) if result["name"] not in failed]
     if results:
         (folder / "README.md").write_text(report(results, options, folder))
         claims = [Claim(**claim) for result in results for claim in result["claims"]]

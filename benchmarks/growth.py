@@ -48,6 +48,7 @@ def plot(timings_of: dict[tuple[int, int], Timings], options: Options) -> None:
         axis.plot(rows, ratios, marker="o", color=plt.cm.Reds(shade / 7), label=f"width {width}")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=4)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set(
         xlabel="rows", ylabel="times LoRA r=8", title="A training step of a block of SAM's encoder", ylim=(0, 1.6)
     )

@@ -133,6 +133,16 @@ def results_folder(options: Options) -> Path:
 
 def run(measure: Callable[[Options], Result]) -> None:
     """The main function of a script: reads the options, measures, prints and saves."""
+    options = parse_options(sys.argv[1:])
+    print(machine(options))
+    result = prepared(measure)(options)
+    if result.claims:
+        print("\n" + claims_table(result.claims))
+    print(f"\n{result.save(options)}")
+
+
+def parse_options(arguments: list[str]) -> Options:
+    """The options that all scripts have."""
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,12 +150,7 @@ def run(measure: Callable[[Options], Result]) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, help="how many rounds count")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and three of the encoder's twelve blocks")
-    options = Options(**vars(parser.parse_args()))
-    print(machine(options))
-    result = prepared(measure)(options)
-    if result.claims:
-        print("\n" + claims_table(result.claims))
-    print(f"\n{result.save(options)}")
+    return Options(**vars(parser.parse_args(arguments)))
 
 
 def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result]:
