@@ -2,7 +2,10 @@
 
     python examples/sam_medical/evaluate.py --adapter runs/demo/adapter --split test --output metrics.json
 
-The scores are computed in full precision, as train.py's are, whatever the adapter was trained in.
+The scores are computed in full precision, as train.py's are, whatever the adapter was trained in. With --against it
+tests the difference from another method's scores, image by image:
+
+    python examples/sam_medical/evaluate.py --adapter runs/glas/adapter --data-root DATA --against runs/lora/scores.csv
 """
 
 from __future__ import annotations
@@ -16,11 +19,19 @@ from ssam.data import open_dataset
 from ssam.data.loading import evaluation_loader
 from ssam.errors import one_line_errors
 from ssam.evaluation import evaluate, predict_masks
-from ssam.files import write_json
-from ssam.metrics import score_labels
+from ssam.files import write_json, write_text
+from ssam.metrics import read_scores, score_labels, write_scores
 from ssam.options import EvaluateOptions, parse_options
-from ssam.report import draw_overlays, format_table, scores_as_json
+from ssam.report import (
+    draw_overlays,
+    format_comparison,
+    format_table,
+    markdown_table,
+    score_table,
+    scores_as_json,
+)
 from ssam.runtime import check_processes, end_together, prepare_process
+from ssam.statistics import compare
 
 
 @one_line_errors
@@ -29,21 +40,27 @@ def main() -> None:
     prepare_process()
     task = read_task(Path(options.adapter))
     dataset = open_dataset(options.dataset or task.dataset, options.data_root, options.split, list(task.labels))
-    model, text_embeddings, task = load_adapter(Path(options.adapter), options.backbone)
+    other = read_scores(Path(options.against)) if options.against else None
+    model, task = load_adapter(Path(options.adapter), options.backbone)
 
     accelerator = Accelerator(mixed_precision="no")
     check_processes(accelerator)
     loader = accelerator.prepare(evaluation_loader(dataset, task.image_size, options.batch_size))
-    model, text_embeddings = model.to(accelerator.device), text_embeddings.to(accelerator.device)
-    scores = score_labels(
-        evaluate(accelerator, model, loader, text_embeddings, task.labels, options.split), task.labels
-    )
+    model = model.to(accelerator.device)
+    masks = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
     if accelerator.is_main_process:
-        write_json(Path(options.output), {options.split: scores_as_json(scores), "adapter": options.adapter})
-        print(format_table(scores))
+        scores = score_labels(masks, task.labels)
+        write_json(Path(options.output), {options.split: scores_as_json(scores, masks), "adapter": options.adapter})
+        if options.csv:
+            write_scores(masks, Path(options.csv))
+        if options.markdown:
+            write_text(Path(options.markdown), markdown_table(*score_table(scores, masks)))
+        print(format_table(scores, masks))
+        if options.against and other is not None:
+            print(format_comparison(compare(masks, other), options.against))
         if options.overlays:
             images = evaluation_loader(dataset, task.image_size, batch_size=1)
-            draw_overlays(predict_masks(model, images, text_embeddings), task.labels, Path(options.overlays))
+            draw_overlays(predict_masks(model, images), task.labels, Path(options.overlays))
     end_together(accelerator)
 
 

@@ -10,7 +10,8 @@ from transformers import SamModel
 
 from ssam.backbones import load_backbone, resize_positions
 from ssam.errors import UserError
-from ssam.model import TextPromptedSam
+from ssam.model import PromptedSam
+from ssam.prompts import NoPrompts, TextPrompts
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,18 @@ def official_masks(sam, images, prompts):
 def test_official_checkpoint_gives_the_official_masks(official_sam, tmp_path, nesting):
     weights = official_sam.state_dict()
     torch.save({nesting: weights} if nesting else weights, tmp_path / "sam.pth")
-    model = TextPromptedSam(load_backbone(str(tmp_path / "sam.pth"), 128), text_width=10)
     images, text_embeddings = torch.rand(2, 3, 128, 128), torch.randn(3, 10)
+    model = PromptedSam(load_backbone(str(tmp_path / "sam.pth"), 128), TextPrompts(text_embeddings, 256))
 
-    expected = official_masks(official_sam, images, model.text_affine(text_embeddings))
+    expected = official_masks(official_sam, images, model.prompts.text_affine(text_embeddings))
     assert expected.std() > 0.1
-    torch.testing.assert_close(model(images, text_embeddings), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
 def test_official_checkpoint_at_another_size_is_the_official_model_with_resized_positions(official_sam, tmp_path):
     torch.save(official_sam.state_dict(), tmp_path / "sam.pth")
-    model = TextPromptedSam(load_backbone(str(tmp_path / "sam.pth"), 64), text_width=10)
+    model = PromptedSam(load_backbone(str(tmp_path / "sam.pth"), 64), NoPrompts())
     images = torch.rand(1, 3, 64, 64)
 
     full_size = official_sam.image_encoder.pos_embed
@@ -97,35 +98,36 @@ def test_official_checkpoint_at_another_size_is_the_official_model_with_resized_
 @torch.no_grad()
 def test_a_folder_gives_the_masks_of_transformers(tiny_sam_folder):
     sam = SamModel.from_pretrained(tiny_sam_folder).eval()
-    model = TextPromptedSam(load_backbone(str(tiny_sam_folder), 64), text_width=10)
+    text_embeddings = torch.randn(1, 10)
+    model = PromptedSam(load_backbone(str(tiny_sam_folder), 64), TextPrompts(text_embeddings, 256))
     pixel_values = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(
         model.image_encoder(pixel_values), sam.get_image_embeddings(pixel_values), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(model.position_of_pixels, sam.get_image_wide_positional_embeddings())
 
-    images, text_embeddings = torch.rand(1, 3, 64, 64), torch.randn(1, 10)
+    images = torch.rand(1, 3, 64, 64)
     expected, _ = sam.mask_decoder(
         image_embeddings=sam.get_image_embeddings(model.pixels(images)),
         image_positional_embeddings=sam.get_image_wide_positional_embeddings(),
-        sparse_prompt_embeddings=model.text_affine(text_embeddings)[None, None],
+        sparse_prompt_embeddings=model.prompts.text_affine(text_embeddings)[None, None],
         dense_prompt_embeddings=sam.get_prompt_embeddings(input_masks=None)[1],
         multimask_output=False,
     )
     expected = torch.nn.functional.interpolate(expected[:, 0], (64, 64), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(model(images, text_embeddings), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_folder_in_half_precision_is_computed_in_full(tiny_sam_folder, tmp_path):
     SamModel.from_pretrained(tiny_sam_folder).half().save_pretrained(tmp_path)
-    model = TextPromptedSam(load_backbone(str(tmp_path), 64), text_width=10)
-    assert model(torch.rand(1, 3, 64, 64), torch.randn(1, 10)).dtype is torch.float32
+    model = PromptedSam(load_backbone(str(tmp_path), 64), NoPrompts())
+    assert model(torch.rand(1, 3, 64, 64)).dtype is torch.float32
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 112])
 def test_any_multiple_of_the_patch_will_do(tiny_sam_folder, image_size):
-    model = TextPromptedSam(load_backbone(str(tiny_sam_folder), image_size), text_width=10)
-    logits = model(torch.rand(2, 3, image_size, image_size), torch.randn(3, 10))
+    model = PromptedSam(load_backbone(str(tiny_sam_folder), image_size), TextPrompts(torch.randn(3, 10), 256))
+    logits = model(torch.rand(2, 3, image_size, image_size))
     assert logits.shape == (2, 3, image_size, image_size)
 
 

@@ -17,6 +17,7 @@ import evaluate
 import predict
 import train
 from ssam.checkpoint import Progress
+from ssam.metrics import read_scores
 
 STEPS = 6
 
@@ -72,7 +73,13 @@ def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, cap
     assert (scales != 1).float().mean() > 0.9
     for picture in (output / "curves.png", output / "overlays" / "testA_1.png", output / "overlays" / "testA_2.png"):
         assert min(Image.open(picture).size) > 100
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "curves.png", "metrics.json", "overlays"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter",
+        "curves.png",
+        "metrics.json",
+        "overlays",
+        "scores.csv",
+    ]
     assert "import svdtune" in (output / "adapter" / "README.md").read_text()
     with pytest.raises(SystemExit, match="holds a finished run; replace it with --overwrite"):
         run(train, **options)
@@ -199,3 +206,101 @@ def test_an_adapter_is_refused_by_another_base_and_when_damaged(run, options, tm
     weights.unlink()
     with pytest.raises(SystemExit, match=r"holds no adapter_model\.safetensors; give the folder"):
         run(evaluate, **arguments)
+
+
+def test_a_run_writes_its_whole_truth(run, options, tmp_path):
+    run(train, **options)
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["environment"]["torch"] == torch.__version__ and metrics["environment"]["svdtune"]
+    assert metrics["options"]["seed"] == 0 and metrics["options"]["method"] == "s-sam"
+    assert [step for step, _ in metrics["history"]["validations"]] == [4, 6]
+    assert len(metrics["history"]["losses"]) == STEPS and metrics["peak_memory_bytes"] > 1e8
+    images = {split: values["images"] for split, values in metrics["data"].items()}
+    assert images == {"train": 6, "validation": 1, "test": 2}
+
+    mask = options["data_root"] / "Warwick_QU_Dataset" / "testA_1_anno.bmp"
+    changed = np.array(Image.open(mask))
+    changed[0, 0] = 1
+    Image.fromarray(changed).save(mask)
+    run(train, **options, overwrite=True)
+    again = read_json(tmp_path / "run" / "metrics.json")["data"]
+    assert [again[split] == values for split, values in metrics["data"].items()] == [True, True, False]
+
+
+def test_a_tracker_is_told_of_every_step(run, options, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(SystemExit, match="report_to 'nobody' is no tracker that accelerate finds here"):
+        run(train, **options, report_to="nobody")
+    run(train, **options, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "ssam")).Reload()
+    history = read_json(tmp_path / "run" / "metrics.json")["history"]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(history["losses"])
+    told = [(event.step, pytest.approx(event.value)) for event in events.Scalars("validation Dice")]
+    assert told == [(step, dice) for step, dice in history["validations"]]
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_options_for_memory_and_speed_do_not_change_what_is_learned(option, run, options, tmp_path):
+    run(train, **options)
+    run(train, **{**options, "output_dir": tmp_path / option}, **{option: True})
+    plain, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", option))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
+    dice = [read_json(tmp_path / name / "metrics.json")["test"]["mean_dice"] for name in ("run", option)]
+    assert dice[0] == pytest.approx(dice[1], abs=0.01)
+
+
+KILLED_AT_STEP_5 = """
+import os, sys, train
+from ssam.checkpoint import Progress
+from ssam.metrics import read_scores
+add_step = Progress.add_step
+def die(progress, loss):
+    add_step(progress, loss)
+    if progress.step == 5:
+        os.kill(os.getpid(), 9)
+Progress.add_step = die
+sys.argv[0] = "train"
+train.main()
+"""
+
+
+@pytest.mark.parametrize("method", ["s-sam", "sono-sam"])
+def test_a_killed_run_goes_on_from_its_last_validation_with_the_same_losses(method, run, options, tmp_path):
+    """SonoSAM draws its points in training."""
+    options["method"] = method
+    run(train, **options)
+    killed = {**options, "output_dir": tmp_path / "killed"}
+    flags = [part for name, value in killed.items() for part in (f"--{name}", str(value))]
+    folder = os.path.dirname(train.__file__)
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *flags], cwd=folder, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and (tmp_path / "killed" / "checkpoint").exists()
+    run(train, **killed, resume=True)
+    histories = [read_json(tmp_path / name / "metrics.json")["history"] for name in ("run", "killed")]
+    assert histories[1]["losses"] == pytest.approx(histories[0]["losses"], rel=1e-4)
+    assert histories[1]["validations"] == [[step, pytest.approx(dice)] for step, dice in histories[0]["validations"]]
+
+
+def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, capsys):
+    run(train, **options)
+    run(train, **{**options, "output_dir": tmp_path / "other"}, method="zero-shot-text")
+    arguments = {"adapter": tmp_path / "run" / "adapter", "data_root": options["data_root"]}
+    files = {"output": tmp_path / "metrics.json", "csv": tmp_path / "scores.csv", "markdown": tmp_path / "table.md"}
+    run(evaluate, **arguments, **files, against=tmp_path / "other" / "scores.csv")
+    table, printed = files["markdown"].read_text(), capsys.readouterr().out
+    dice = read_json(files["output"])["test"]["mean_dice"]
+    assert f"| glands | {dice:.4f} |" in table
+    rows = [score.dice for score in read_scores(files["csv"])]
+    others = [score.dice for score in read_scores(tmp_path / "other" / "scores.csv")]
+    assert np.mean(rows) == pytest.approx(dice)
+    assert f"Dice {np.mean(rows) - np.mean(others):+.4f}" in printed and "p = " in printed
+    with pytest.raises(SystemExit, match=r"table\.md does not hold an evaluation's scores"):
+        run(evaluate, **arguments, output=files["output"], against=files["markdown"])
+
+
+def test_a_method_that_needs_an_expert_does_not_predict_by_itself(run, options, tmp_path):
+    run(train, **options, method="sono-sam")
+    adapter = tmp_path / "run" / "adapter"
+    with pytest.raises(SystemExit, match="SonoSAM needs a point in each label, which images alone do not give"):
+        run(predict, adapter=adapter, images=options["data_root"] / "Warwick_QU_Dataset", output=tmp_path / "masks")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ssam.data import open_dataset
+from ssam.data.augmentation import AUGMENTATIONS
 from ssam.data.base import read_image
 from ssam.data.brain_mri import slices_of
 from ssam.data.loading import TrainingSampler, training_loader
@@ -146,7 +147,7 @@ def test_sampler_shuffles_whole_epochs_and_can_begin_anywhere():
     assert list(TrainingSampler(images=5, seed=4, first=0, last=12)) != whole
 
 
-@pytest.mark.parametrize("augmentation", ["upright", "any-orientation"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_augmented_masks_stay_on_their_image_and_do_not_depend_on_what_came_before(glas_folder, augmentation):
     dataset = open_dataset("glas", str(glas_folder), "train")
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ssam.backbones import load_backbone
-from ssam.model import TextPromptedSam
+from ssam.model import PromptedSam
+from ssam.prompts import TextPrompts
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,10 @@ def test_same_prompts_same_masks(published_model):
     """A label's token stands beside a box around the whole image; boxes are all that the decoder was trained on."""
     images, text_embeddings = torch.rand(2, 3, 256, 256), torch.randn(3, 8)
     images[:, :, 0, 0], images[:, :, 0, 1] = 0, 1
-    model = TextPromptedSam(load_backbone("lite-medsam", 256), text_width=8)
+    model = PromptedSam(load_backbone("lite-medsam", 256), TextPrompts(text_embeddings, 256))
     box, no_mask = published_model.prompt_encoder(points=None, boxes=torch.tensor([[0.0, 0, 256, 256]]), masks=None)
-    for image, masks in zip(images, model(images, text_embeddings), strict=True):
-        for token, mask in zip(model.text_affine(text_embeddings), masks, strict=True):
+    for image, masks in zip(images, model(images), strict=True):
+        for token, mask in zip(model.prompts.text_affine(text_embeddings), masks, strict=True):
             published, _ = published_model.mask_decoder(
                 image_embeddings=published_model.image_encoder(image[None]),
                 image_pe=published_model.prompt_encoder.get_dense_pe(),

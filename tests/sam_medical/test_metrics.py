@@ -5,8 +5,20 @@ import pytest
 import torch
 from monai.metrics import compute_dice
 
-from ssam.losses import FocalDiceLoss
-from ssam.metrics import count_masks, mean_dice, score_labels
+from ssam.data import Sample
+from ssam.errors import UserError
+from ssam.losses import FocalDiceLoss, build_loss
+from ssam.metrics import (
+    TOLERANCE,
+    MaskScore,
+    mean_dice,
+    mean_scores,
+    read_scores,
+    score_labels,
+    score_masks,
+    write_scores,
+)
+from ssam.statistics import compare, dice_by_case, holm, interval
 
 LABELS = ["liver", "tumor"]
 
@@ -26,8 +38,14 @@ def masks():
 
 @pytest.fixture
 def scores(masks):
-    counts = [c for i, (p, t) in enumerate(zip(*masks, strict=True)) for c in count_masks(f"image{i}", LABELS, p, t)]
+    counts = [
+        c for i, (p, t) in enumerate(zip(*masks, strict=True)) for c in score_masks(sample(t, f"image{i}"), LABELS, p)
+    ]
     return score_labels(counts, LABELS)
+
+
+def sample(masks, name="image", group=""):
+    return Sample(name, np.zeros((*masks.shape[1:], 3), dtype=np.float32), masks, group)
 
 
 def test_dice_is_monais_where_blank_on_blank_counts_one(masks, scores):
@@ -51,7 +69,7 @@ def test_dice_pooled_is_the_dice_of_all_pixels_together(masks, scores):
 def test_a_blank_image_counts_one_or_nothing(predicted_pixels, dice):
     predicted, blank = np.zeros((1, 4, 4), dtype=bool), np.zeros((1, 4, 4), dtype=bool)
     predicted.flat[:predicted_pixels] = True
-    score = score_labels(count_masks("image", ["tumor"], predicted, blank), ["tumor"])["tumor"]
+    score = score_labels(score_masks(sample(blank), ["tumor"], predicted), ["tumor"])["tumor"]
     assert (score.dice, score.dice_present) == (dice, None)
 
 
@@ -64,3 +82,124 @@ def test_loss_is_focal_and_dice_of_each_image_and_label():
     overlap, total = (probability * masks).sum((2, 3)), (probability + masks).sum((2, 3))
     dice = (1 - (2 * overlap + 1) / (total + 1)).mean()
     torch.testing.assert_close(FocalDiceLoss(focal_weight=20)(logits, masks), 20 * focal + dice, rtol=1e-5, atol=0)
+
+
+def outline(mask):
+    """The pixels of a mask that touch what is not mask."""
+    inside = np.zeros_like(mask)
+    inside[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return np.argwhere(mask & ~inside)
+
+
+def test_distances_are_those_between_the_outlines():
+    y, x = np.mgrid[:60, :80]
+    true = (y - 30) ** 2 + (x - 40) ** 2 < 15**2
+    predicted = ((y - 33) ** 2 + (x - 38) ** 2 < 14**2) | ((y - 5) ** 2 + (x - 70) ** 2 < 9)
+    (score,) = score_masks(sample(true[None]), ["liver"], predicted[None], distances=True)
+
+    between = np.linalg.norm(outline(predicted)[:, None] - outline(true)[None], axis=2)
+    there, back = between.min(1), between.min(0)
+    assert score.hausdorff95 == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), abs=0.5)
+    near = TOLERANCE * 100  # the diagonal of 60 x 80
+    share = ((there <= near).sum() + (back <= near).sum()) / (len(there) + len(back))
+    assert score.surface_dice == pytest.approx(share, abs=0.02) and 0.05 < share < 0.8
+
+
+def test_where_nothing_is_predicted_the_distance_is_the_diagonal_and_where_nothing_is_there_is_none():
+    blank, disk = np.zeros((1, 30, 40), dtype=bool), np.zeros((1, 30, 40), dtype=bool)
+    disk[0, 10:20, 10:20] = True
+    (missed,) = score_masks(sample(disk), ["liver"], blank, distances=True)
+    assert (missed.hausdorff95, missed.surface_dice) == (50, 0)
+    (alarm,) = score_masks(sample(blank), ["liver"], disk, distances=True)
+    assert (alarm.hausdorff95, alarm.surface_dice) == (None, None)
+
+
+def test_false_alarms_and_intersection_over_union(masks, scores):
+    predicted, true = masks
+    blank = ~true[:, 1].any((1, 2))
+    assert blank.sum() == 4
+    assert scores["tumor"].false_alarms == predicted[blank, 1].any((1, 2)).mean() == 0.25
+    assert scores["liver"].false_alarms is None
+    iou = [(p & t).sum() / (p | t).sum() for p, t in zip(predicted[~blank, 1], true[~blank, 1], strict=True)]
+    assert scores["tumor"].iou == pytest.approx(np.mean(iou))
+    assert mean_scores(scores).iou == pytest.approx((scores["tumor"].iou + scores["liver"].iou) / 2)
+    assert mean_scores(scores).false_alarms == 0.25
+
+
+def test_scores_come_back_from_their_file(tmp_path):
+    scores = [MaskScore("a, b", "liver", 3, 4, 5, 1.25, 0.5, "patient 1"), MaskScore("c", "liver", 0, 1, 0)]
+    write_scores(scores, tmp_path / "scores.csv")
+    assert read_scores(tmp_path / "scores.csv") == scores
+
+
+def scores_of(dice):
+    """Masks of 100 pixels, half of them predicted, so that the Dice of image i is dice[i]."""
+    return [MaskScore(f"image{i}", "liver", round(100 * d), 100, 100) for i, d in enumerate(dice)]
+
+
+def test_a_real_difference_is_found_and_noise_is_not():
+    random = np.random.default_rng(0)
+    base = random.uniform(0.5, 0.9, 40)
+    better = scores_of(base + random.normal(0.05, 0.02, 40))
+    same = scores_of(base + random.normal(0, 0.02, 40))
+    found = compare(better, scores_of(base))
+    assert found.cases == 40 and found.low < 0.05 < found.high and found.low > 0 and found.p_value < 0.001
+    assert compare(same, scores_of(base)).p_value > 0.05
+    assert compare(better, better).p_value == 1
+
+
+def test_scores_of_other_images_or_labels_are_not_compared():
+    with pytest.raises(UserError, match="only one has 'liver' in image2"):
+        compare(scores_of([0.5, 0.6]), scores_of([0.5, 0.6, 0.7]))
+    with pytest.raises(UserError, match="not of the same images and labels"):
+        compare(scores_of([0.5]), [MaskScore("image0", "tumor", 1, 2, 3)])
+
+
+def test_a_single_case_has_neither_interval_nor_significance():
+    assert interval([0.5]) is None
+    found = compare(scores_of([0.7]), scores_of([0.5]))
+    assert (found.difference, found.low, found.p_value, found.cases) == (pytest.approx(0.2), None, 1, 1)
+
+
+def test_slices_of_one_patient_are_one_case():
+    scores = [
+        MaskScore(f"slice{i}", "liver", intersection, 100, 100, group=group)
+        for i, (intersection, group) in enumerate([(40, "a"), (60, "a"), (90, "b"), (70, "")])
+    ]
+    assert dice_by_case(scores) == pytest.approx({"a": 0.5, "b": 0.9, "slice3": 0.7})
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        low, high = interval(random.normal(0.7, 0.1, 40).tolist())
+        covered += low <= 0.7 <= high
+    assert 51 <= covered <= 60
+
+
+def test_images_count_once_however_many_labels_and_runs_they_have():
+    scores = [*scores_of([0.4, 0.6]), MaskScore("image0", "tumor", 0, 0, 0), *scores_of([0.6, 0.8])]
+    assert dice_by_case(scores) == pytest.approx({"image0": (0.4 + 1 + 0.6) / 3, "image1": 0.7})
+
+
+def test_p_values_are_adjusted_as_holm_has_it():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_cldice_rewards_a_whole_centre_line():
+    line, broken = torch.zeros(1, 1, 24, 24), torch.full((1, 1, 24, 24), -9.0)
+    line[..., 10:13, 2:22] = 1
+    whole = torch.where(line > 0, 9.0, -9.0)
+    broken[..., 10:13, 2:22] = 9
+    broken[..., 10:13, 11:13] = -9
+    thinner = torch.full((1, 1, 24, 24), -9.0)
+    thinner[..., 11:12, 2:22] = 9
+    loss = build_loss("dice-cldice", focal_weight=20)
+    assert loss(whole, line) < 0.05 < loss(broken, line)
+    # A thin line loses half of its Dice, and nothing of its centre line.
+    dice = 1 - (2 * 20 + 1) / (20 + 60 + 1)
+    assert loss(thinner, line).item() == pytest.approx(dice / 2, abs=0.06)
+    # Of two labels, each counts as much as the other.
+    both = loss(torch.cat([whole, broken], 1), torch.cat([line, line], 1))
+    assert both.item() == pytest.approx((loss(whole, line) + loss(broken, line)).item() / 2, abs=1e-5)

@@ -1,13 +1,26 @@
-"""What the text-prompted model promises, and what of it is trained."""
+"""What the prompted model promises."""
 
+import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import SamConfig, SamModel
+from PIL import Image, ImageDraw
+from transformers import SamModel
 
-from ssam.backbones import backbone_from_sam, load_backbone
-from ssam.methods import parameter_groups, ssam_config
-from ssam.model import TextAffineLayer, TextPromptedSam
+from ssam.backbones import checkpoint_blocks, load_backbone
+from ssam.data import Sample
+from ssam.data.loading import evaluation_loader
+from ssam.model import NO_MASK_LOGIT, PromptedSam
+from ssam.prompts import (
+    BoxPrompts,
+    ImagePrompts,
+    PointPrompts,
+    Prompts,
+    TextAffineLayer,
+    TextPrompts,
+    bounding_box,
+    innermost_point,
+    random_point,
+)
 
 
 @pytest.fixture
@@ -17,20 +30,19 @@ def backbone(tiny_sam_folder):
 
 @torch.no_grad()
 def test_labels_do_not_see_each_other(backbone):
-    model = TextPromptedSam(backbone, text_width=10).eval()
     images, text_embeddings = torch.rand(2, 3, 64, 64), torch.randn(3, 10)
-    together = model(images, text_embeddings)
+    model = PromptedSam(backbone, TextPrompts(text_embeddings, 256)).eval()
+    together = model(images)
     for k in range(3):
-        torch.testing.assert_close(
-            model(images, text_embeddings[k : k + 1])[:, 0], together[:, k], atol=1e-5, rtol=1e-4
-        )
+        model.prompts.text_embeddings = text_embeddings[k : k + 1]
+        torch.testing.assert_close(model(images)[:, 0], together[:, k], atol=1e-5, rtol=1e-4)
 
 
 def test_an_image_is_encoded_once_for_all_its_labels(backbone):
-    model = TextPromptedSam(backbone, text_width=10)
+    model = PromptedSam(backbone, TextPrompts(torch.randn(5, 10), 256))
     encoded = []
     model.image_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output.shape))
-    assert model(torch.rand(2, 3, 64, 64), torch.randn(5, 10)).shape == (2, 5, 64, 64)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5, 64, 64)
     assert encoded == [(2, 256, 4, 4)]
 
 
@@ -42,67 +54,97 @@ def test_text_affine_layer_normalises_each_token_after_the_relu():
     torch.testing.assert_close(layer(text_embeddings), expected)
 
 
-def test_parameter_count_of_vit_b_at_256_pixels():
-    """As the paper's parts add up with the norms of the neck, and the decoder frozen."""
-    with torch.device("meta"):
-        sam = SamModel(SamConfig())
-    sam = sam.to_empty(device="cpu")
-    for parameter in sam.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model = TextPromptedSam(backbone_from_sam(sam, "vit-b", 256), text_width=512)
-    peft_model = get_peft_model(model, ssam_config(model, backbone_from_sam(sam, "vit-b", 256).target_modules))
+@torch.no_grad()
+@pytest.mark.parametrize("in_box", [False, True], ids=["points", "points in a box"])
+@pytest.mark.parametrize("image_size", [64, 32])
+def test_an_experts_point_is_that_of_transformers(tiny_sam_folder, image_size, in_box):
+    """Given in the middle of the same pixel; a label that is absent has no prompt and no mask."""
+    backbone = load_backbone(str(tiny_sam_folder), image_size)
+    images, masks = torch.rand(1, 3, image_size, image_size), torch.zeros(1, 2, image_size, image_size)
+    masks[0, 0, 10:31, 8:29] = 1
+    model = PromptedSam(backbone, PointPrompts(in_box)).eval()
+    logits = model(images, masks)
 
-    counts = {"scale and shift": 0, "position": 0, "text affine": 0, "neck norms": 0, "encoder norms": 0}
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            part = next(
-                part
-                for part, mark in (
-                    ("scale and shift", "svd_scale_shift_"),
-                    ("position", "image_encoder.position."),
-                    ("text affine", "text_affine."),
-                    ("neck norms", "image_encoder.neck.layer_norm"),
-                    ("encoder norms", "layer_norm"),
-                )
-                if mark in name
-            )
-            counts[part] += parameter.numel()
-    assert counts == {
-        "scale and shift": 74_752,
-        "position": 196_608,
-        "text affine": 131_840,
-        "neck norms": 1_024,
-        "encoder norms": 36_864,
-    }
-    assert sum(counts.values()) == 441_088
+    middle = (torch.tensor([18.0, 20.0]) + 0.5) * 64 / image_size - 0.5  # to which transformers adds its half
+    box = torch.tensor([[[0.0, 0, 64, 64], [0, 0, 64, 64]]]) if in_box else None
+    points = torch.stack([middle, middle])[None, :, None]
+    tokens, _ = backbone.prompt_encoder(points, torch.ones(1, 2, 1, dtype=torch.int), box, None)
+    assert tokens.shape[2] == (3 if in_box else 2)
+    expected = model.decode(model.image_encoder(backbone.pixels(images)), Prompts(tokens[:, :1]))
+    expected = torch.nn.functional.interpolate(expected, (image_size,) * 2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits[:, :1], expected, atol=1e-4, rtol=1e-4)
+    assert (logits[:, 1] == NO_MASK_LOGIT).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [PointPrompts(in_box=False), BoxPrompts()], ids=["points", "boxes"])
+def test_an_experts_masks_are_those_of_transformers(tiny_sam_folder, backbone, prompts):
+    images, masks = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    masks[0, 0, 10:31, 20:61] = 1
+    logits = PromptedSam(backbone, prompts).eval()(images, masks)
+
+    sam = SamModel.from_pretrained(tiny_sam_folder).eval()
+    hint = {"input_points": torch.tensor([[[[30.0, 20.0]]]])}
+    if isinstance(prompts, BoxPrompts):
+        hint = {"input_boxes": torch.tensor([[[20.0, 10.0, 61.0, 31.0]]])}
+    expected = sam(pixel_values=backbone.pixels(images), **hint, multimask_output=False).pred_masks[:, 0]
+    expected = torch.nn.functional.interpolate(expected, (64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_too_small_for_the_model_is_still_pointed_at():
+    mask = np.zeros((1, 512, 512), dtype=bool)
+    mask[0, 100:103, 200:203] = True
+    (batch,) = evaluation_loader([Sample("image", np.zeros((512, 512, 3), dtype=np.float32), mask)], 112, 1)
+    y, x = batch["masks"][0, 0].nonzero().float().mean(0).tolist()
+    assert (y, x) == pytest.approx((101 / 512 * 112, 201 / 512 * 112), abs=1)
+
+
+def test_points_and_boxes_lie_where_the_mask_is():
+    picture = Image.new("L", (40, 30))
+    ImageDraw.Draw(picture).ellipse((4, 6, 14, 16), fill=1)
+    ImageDraw.Draw(picture).rectangle((30, 20, 31, 21), fill=1)
+    mask = torch.from_numpy(np.array(picture))
+    assert innermost_point(mask).tolist() == [9, 11]
+    assert bounding_box(mask).tolist() == [4, 6, 32, 22]
+    torch.manual_seed(0)
+    drawn = {tuple(random_point(mask).int().tolist()) for _ in range(60)}
+    assert len(drawn) > 20 and all(mask[y, x] for x, y in drawn)
+
+
+def test_a_prompt_from_the_image_goes_to_its_own_label_alone(backbone):
+    torch.manual_seed(0)
+    model = PromptedSam(backbone, ImagePrompts(labels=3, grid=(4, 4), prompt_width=256)).eval()
+    images = torch.rand(2, 3, 64, 64)
+    before = model(images)
+    with torch.no_grad():
+        model.prompts.project.weight[256:512] += 1
+    changed = (model(images) - before).abs().amax((0, 2, 3)) > 1e-3
+    assert before.shape == (2, 3, 64, 64) and changed.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["lite-medsam", "vit"])
-def test_only_the_encoder_and_the_text_affine_layer_learn(name, tiny_sam_folder):
-    backbone = load_backbone("lite-medsam" if name == "lite-medsam" else str(tiny_sam_folder), 64)
-    model = TextPromptedSam(backbone, text_width=10)
-    peft_model = get_peft_model(model, ssam_config(model, backbone.target_modules))
-    peft_model(torch.rand(2, 3, 64, 64), torch.randn(3, 10)).square().mean().backward()
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(name, tiny_sam_folder):
+    gradients, kept = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        backbone = load_backbone("lite-medsam" if name == "lite-medsam" else str(tiny_sam_folder), 64)
+        model = PromptedSam(backbone, TextPrompts(torch.randn(2, 10), 256)).train()
+        model.image_encoder.requires_grad_(True)
+        if checkpointed:
+            checkpoint_blocks(model)
+        tensors = {}
 
-    learning = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    assert learning == {name for name, parameter in peft_model.named_parameters() if parameter.grad is not None}
-    assert not any("mask_decoder" in name or "prompt_encoder" in name for name in learning)
-    untrained = [
-        name
-        for name, module in model.image_encoder.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
-        and "base_layer" not in name
-        and "original_module" not in name
-        and not any(p.requires_grad for p in module.parameters())
-    ]
-    assert untrained == []
+        def keep(tensor, tensors=tensors):
+            tensors[tensor.data_ptr()] = tensor
+            return tensor
 
-
-def test_decay_touches_the_text_affine_matrix_alone(backbone):
-    model = TextPromptedSam(backbone, text_width=10)
-    peft_model = get_peft_model(model, ssam_config(model, backbone.target_modules))
-    groups = parameter_groups(peft_model, weight_decay=0.1)
-    decaying = [parameter.shape for group in groups if group["weight_decay"] for parameter in group["params"]]
-    assert decaying == [(256, 10)]
-    grouped = sum(parameter.numel() for group in groups for parameter in group["params"])
-    assert grouped == sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            embeddings = model.image_encoder(torch.linspace(0, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64))
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        kept.append(sum(tensor.nbytes for pointer, tensor in tensors.items() if pointer not in own))
+        embeddings.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], gradient, atol=1e-6, rtol=1e-4)
+    assert kept[1] < 0.8 * kept[0]

@@ -26,7 +26,7 @@ def test_command_line_goes_before_yaml_before_defaults(config):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("stepps: 7", "options.yaml has the unknown key 'stepps'; the keys are dataset, "),
+        ("stepps: 7", "options.yaml has the unknown key 'stepps'; the keys are method, dataset, "),
         ("steps: many", "options.yaml: argument --steps: invalid int value: 'many'"),
         ("steps: 1.5", "invalid int value: '1.5'"),
         ("steps: 0", "steps is 0, but it must be at least 1"),

@@ -7,37 +7,25 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
 from ssam.errors import UserError, first_line
 from ssam.files import write_json
-from ssam.model import TextPromptedSam
+from ssam.methods import METHODS, Method
+from ssam.model import PromptedSam
+from ssam.networks import build_network
+from ssam.prompts import BoxPrompts, ImagePrompts, NoPrompts, PointPrompts, Prompting, TextPrompts
+from ssam.tuning import kept_tensors, load_kept_tensors, tune
 
 TASK_FILE = "task.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+PLAIN_WEIGHTS_FILE = "trained.safetensors"
 TEXT_FILE = "text_embeddings.safetensors"
-MODEL_CARD = """---
-library_name: peft
-tags: [svdtune, segment-anything, medical-imaging]
----
-
-# S-SAM adapter: {labels}
-
-Segments {labels} in images like those of {dataset}, by the names alone. For research; not a medical device.
-
-- Base model: `{backbone}` at {image_size} pixels, weights with digest `{backbone_digest}`
-- Text encoder: `{text_encoder}`; its embeddings of the labels are in `text_embeddings.safetensors`
-
-The method lives in the package svdtune, which has to be imported before PEFT loads this
-folder: `import svdtune`. In svdtune's repository:
-
-    python examples/sam_medical/predict.py --adapter FOLDER --images IMAGES --output MASKS
-"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,8 @@ class Task:
         labels: Names of the labels, in the order of the model's masks.
         backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
         backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
+        method: How it was tuned, by its name in `ssam.methods.METHODS`.
+        target_modules: Expression of the layers that were tuned; None for the backbone's own.
     """
 
     dataset: str
@@ -57,14 +47,32 @@ class Task:
     image_size: int
     text_encoder: str
     backbone_digest: str = ""
+    method: str = "s-sam"
+    target_modules: str | None = None
 
 
-def build_model(task: Task, text_width: int) -> tuple[TextPromptedSam, Backbone, Task]:
-    """The untuned model, its backbone, and the task with the backbone's digest.
+def build_model(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, Task]:
+    """The model, tuned as the task's method has it but not yet trained, and the task with the backbone's digest.
+
+    Args:
+        task: What to build.
+        text_embeddings: Of the labels, (K, D), for methods that are prompted with them.
 
     Raises:
-        UserError: if the backbone's weights are not those of the task's digest, where it has one.
+        UserError: if a name in the task stands for nothing, or the backbone is not that of the task's digest.
     """
+    model, target_modules, task = _build_untuned(task, text_embeddings)
+    method = METHODS[task.method]
+    if task.target_modules is not None and not method.takes_target_modules:
+        raise UserError(f"target_modules has no meaning for {method.title}; leave it out.")
+    return tune(model, method, len(task.labels), target_modules), task
+
+
+def _build_untuned(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, str, Task]:
+    """The model as the method finds it, the expression of the layers to tune, and the task with the digest."""
+    method = METHODS[task.method]
+    if method.network:
+        return build_network(method.network, len(task.labels), task.image_size), "", task
     backbone = load_backbone(task.backbone, task.image_size)
     digest = digest_of(backbone)
     if task.backbone_digest and digest != task.backbone_digest:
@@ -72,7 +80,25 @@ def build_model(task: Task, text_width: int) -> tuple[TextPromptedSam, Backbone,
             f"the adapter belongs to another base model: it was trained on weights with digest "
             f"{task.backbone_digest}, and {task.backbone} has {digest}; give the right weights with --backbone."
         )
-    return TextPromptedSam(backbone, text_width), backbone, replace(task, backbone_digest=digest)
+    model = PromptedSam(backbone, build_prompts(method, backbone, len(task.labels), text_embeddings))
+    return model, task.target_modules or backbone.target_modules, replace(task, backbone_digest=digest)
+
+
+def build_prompts(method: Method, backbone: Backbone, labels: int, text_embeddings: Tensor | None) -> Prompting:
+    """What the method prompts SAM's decoder with."""
+    width = backbone.prompt_encoder.hidden_size
+    if method.prompts == "text":
+        assert text_embeddings is not None
+        return TextPrompts(text_embeddings, width)
+    if method.prompts == "image":
+        return ImagePrompts(labels, backbone.prompt_encoder.image_embedding_size, width)
+    if method.prompts == "point":
+        return PointPrompts(in_box=backbone.whole_image_box)
+    return {"none": NoPrompts, "box": BoxPrompts}[method.prompts]()
+
+
+def needs_text(method: Method) -> bool:
+    return method.is_sam and method.prompts == "text"
 
 
 def digest_of(backbone: Backbone) -> str:
@@ -89,15 +115,58 @@ def digest_of(backbone: Backbone) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_adapter(model: PeftModel, text_embeddings: Tensor, task: Task, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    save_file({"text_embeddings": text_embeddings.cpu().contiguous()}, folder / TEXT_FILE)
+def save_adapter(model: nn.Module, text_embeddings: Tensor | None, task: Task, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept_tensors(model).items()}
+        save_file(tensors, folder / PLAIN_WEIGHTS_FILE)
+    if text_embeddings is not None:
+        save_file({"text_embeddings": text_embeddings.cpu().contiguous()}, folder / TEXT_FILE)
     write_json(folder / TASK_FILE, asdict(task))
-    (folder / "README.md").write_text(MODEL_CARD.format(**{**asdict(task), "labels": ", ".join(task.labels)}))
+    (folder / "README.md").write_text(model_card(task))
 
 
-def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, Tensor, Task]:
-    """A trained model in evaluation mode, its labels' text embeddings (K, D), and its task.
+def model_card(task: Task) -> str:
+    """What the folder holds, for a person who finds it."""
+    method = METHODS[task.method]
+    labels = ", ".join(task.labels)
+    by = ", by the names alone" if needs_text(method) else ""
+    facts = [f"- Method: {method.source}" + (f"; {method.departs}" if method.departs else "")]
+    if method.is_sam:
+        facts.append(
+            f"- Base model: `{task.backbone}` at {task.image_size} pixels, weights with digest "
+            f"`{task.backbone_digest}`"
+        )
+    if needs_text(method):
+        facts.append(f"- Text encoder: `{task.text_encoder}`; its embeddings of the labels are in `{TEXT_FILE}`")
+    lines = [
+        "---",
+        *(["library_name: peft"] if method.adapter else []),
+        "tags: [svdtune, segment-anything, medical-imaging]",
+        "---",
+        "",
+        f"# {method.title}: {labels}",
+        "",
+        f"Segments {labels} in images like those of {task.dataset}{by}. For research only; not a medical device.",
+        "",
+        *facts,
+        "",
+    ]
+    if method.adapter:
+        lines += ["PEFT reads this folder once its method is known: `import svdtune`.", ""]
+    if not method.needs_expert:
+        lines += [
+            "In svdtune's repository:",
+            "",
+            "    python examples/sam_medical/predict.py --adapter FOLDER --images IMAGES --output MASKS",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, Task]:
+    """A trained model in evaluation mode, and its task.
 
     Args:
         folder: Where `save_adapter` put it.
@@ -107,35 +176,56 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[PeftModel, 
         UserError: if files are missing or damaged, or the base model is another one.
     """
     task = read_task(folder)
-    weights, text = _read_tensors(folder / WEIGHTS_FILE), _read_tensors(folder / TEXT_FILE)
-    text_embeddings = text["text_embeddings"]
-    model, _, task = build_model(replace(task, backbone=backbone or task.backbone), text_embeddings.shape[1])
+    method = METHODS[task.method]
+    text = _read_tensors(folder / TEXT_FILE) if needs_text(method) else {}
+    weights_file = folder / weights_file_of(task)
+    weights = _read_tensors(weights_file)
+    model, target_modules, task = _build_untuned(
+        replace(task, backbone=backbone or task.backbone), text.get("text_embeddings")
+    )
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder))
+        if method.adapter:
+            model = PeftModel.from_pretrained(model, str(folder))
+        else:
+            model = tune(model, method, len(task.labels), target_modules)
+            load_kept_tensors(model, weights)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{folder} is damaged ({first_line(error)}); train again, or fetch the whole folder again."
         ) from error
-    differing = sorted(weights.keys() ^ get_peft_model_state_dict(peft_model).keys())
+    differing = sorted(weights.keys() ^ kept_tensors(model).keys())
     if differing:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit its own configuration: {len(differing)} tensors are missing or "
+            f"{weights_file} does not fit its own configuration: {len(differing)} tensors are missing or "
             f"unknown, first of them {differing[0]}; train again, or fetch the whole folder again."
         )
-    return peft_model.eval(), text_embeddings, task
+    return model.eval(), task
+
+
+def weights_file_of(task: Task) -> str:
+    return PEFT_WEIGHTS_FILE if METHODS[task.method].adapter else PLAIN_WEIGHTS_FILE
 
 
 def read_task(folder: Path) -> Task:
-    for name in (TASK_FILE, "adapter_config.json", WEIGHTS_FILE, TEXT_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")
+    path = folder / TASK_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {TASK_FILE}; give the folder that train.py wrote, RUN/adapter.")
     try:
-        content = json.loads((folder / TASK_FILE).read_text())
+        content = json.loads(path.read_text())
         content["labels"] = tuple(content["labels"])
-        return Task(**content)
+        task = Task(**content)
     except (ValueError, TypeError, KeyError) as error:
         expected = ", ".join(field.name for field in fields(Task))
-        raise UserError(f"{folder / TASK_FILE} must be JSON with the keys {expected}.") from error
+        raise UserError(f"{path} must be JSON with the keys {expected}.") from error
+    if task.method not in METHODS:
+        raise UserError(f"{path} has the unknown method {task.method!r}; the methods are {', '.join(METHODS)}.")
+    needed = [weights_file_of(task)]
+    needed += ["adapter_config.json"] if METHODS[task.method].adapter else []
+    needed += [TEXT_FILE] if needs_text(METHODS[task.method]) else []
+    for name in needed:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")
+    return task
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig
-from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionAttention, SamVisionEncoder
+from transformers.models.sam.modeling_sam import (
+    SamMaskDecoder,
+    SamPromptEncoder,
+    SamVisionAttention,
+    SamVisionEncoder,
+    SamVisionLayer,
+)
 
 from ssam import lite_medsam
 from ssam.errors import UserError, first_line
@@ -204,6 +212,13 @@ class MinMaxScaling(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         return (images - low) / (high - low).clamp(min=1e-8)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Lets the encoder's blocks keep their inputs alone in training, and compute the rest again when it is needed."""
+    for module in model.modules():
+        if isinstance(module, (SamVisionLayer, lite_medsam.InvertedBottleneck, lite_medsam.TransformerBlock)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

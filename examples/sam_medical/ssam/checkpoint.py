@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,9 +16,21 @@ from ssam.adapter import Task
 from ssam.errors import UserError
 from ssam.files import make_empty, new_name, put_in_place, write_json
 from ssam.options import TrainOptions
+from ssam.tuning import kept_tensors, load_kept_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE = "run.json"
+# What may differ when a run goes on.
+FREE_OPTIONS = (
+    "output_dir",
+    "data_root",
+    "backbone",
+    "num_workers",
+    "overlays",
+    "report_to",
+    "resume",
+    "overwrite",
+)
 
 
 @dataclass
@@ -82,14 +93,14 @@ def save_adapter_only(accelerator: Accelerator) -> None:
     def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         if accelerator.is_main_process:
             for model in models:
-                tensors = get_peft_model_state_dict(accelerator.unwrap_model(model))
+                tensors = kept_tensors(accelerator.unwrap_model(model))
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / ADAPTER_FILE)
         weights.clear()
 
     def load(models: list[nn.Module], folder: str) -> None:
         while models:
             model = accelerator.unwrap_model(models.pop())
-            set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER_FILE))
+            load_kept_tensors(model, load_file(Path(folder) / ADAPTER_FILE))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -111,8 +122,7 @@ def save_state(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> N
 
 def description_of_run(options: TrainOptions, task: Task, processes: int) -> dict[str, Any]:
     """All that must be the same when a run goes on."""
-    free = ("output_dir", "data_root", "backbone", "num_workers", "overlays", "resume", "overwrite")
-    run = {name: value for name, value in asdict(options).items() if name not in free}
+    run = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     return {**run, "labels": list(task.labels), "weights": task.backbone_digest, "processes": processes}
 
 

@@ -9,22 +9,21 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ssam.data import Sample
 from ssam.data.loading import EvaluationBatch
-from ssam.metrics import MaskCounts, count_masks
+from ssam.metrics import MaskScore, score_masks
 
 
 @torch.no_grad()
-def predict_masks(
-    model: nn.Module, batches: Iterable[EvaluationBatch], text_embeddings: Tensor
-) -> Iterator[tuple[Sample, np.ndarray]]:
+def predict_masks(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, np.ndarray]]:
     """Each sample with its predicted masks, bool (K, H, W) at the image's own size."""
     model.eval()
+    device = next(model.parameters()).device
     for batch in batches:
-        mask_logits = model(batch["images"].to(text_embeddings.device), text_embeddings).float()
+        mask_logits = model(batch["images"].to(device), batch["masks"].to(device)).float()
         for sample, logits in zip(batch["samples"], mask_logits, strict=True):
             size = sample.image.shape[:2]
             full_size = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -35,14 +34,14 @@ def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
     batches: Iterable[EvaluationBatch],
-    text_embeddings: Tensor,
     labels: Sequence[str],
     title: str,
-) -> list[MaskCounts]:
-    """Pixel counts of every image and label; model and batches are what accelerate prepared, on every process."""
+    distances: bool = False,
+) -> list[MaskScore]:
+    """The scores of every image and label; model and batches are what accelerate prepared, on every process."""
     batches = tqdm(batches, desc=title, unit="batch", leave=False, disable=not accelerator.is_main_process)
-    counts: list[MaskCounts] = []
-    for sample, predicted in predict_masks(model, batches, text_embeddings):
-        counts += count_masks(sample.name, labels, predicted, sample.masks)
+    scores: list[MaskScore] = []
+    for sample, predicted in predict_masks(model, batches):
+        scores += score_masks(sample, labels, predicted, distances)
     # Some processes repeat images at the end, to have as many batches as the others.
-    return list({(count.image, count.label): count for count in gather_object(counts)}.values())
+    return list({(score.image, score.label): score for score in gather_object(scores)}.values())

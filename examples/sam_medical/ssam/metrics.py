@@ -1,22 +1,46 @@
-"""Dice in the three ways that papers count it, from each image's pixel counts."""
+"""What segmentations are judged by: overlap in the ways that papers count it, distance of outlines, false alarms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+from ssam.data import Sample
+from ssam.errors import UserError
+from ssam.files import replacing_file
+
+# Outlines count as equal within this share of the image's diagonal.
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class MaskCounts:
-    """Pixels of one image's predicted mask, its true mask, and both."""
+class MaskScore:
+    """One label in one image.
+
+    Attributes:
+        image, label: Names.
+        intersection, predicted, true: Pixels in both masks, in the predicted and in the true one.
+        hausdorff95: 95th percentile of the distances between the outlines, in pixels; where nothing is predicted, the
+            image's diagonal. None if the label is absent or distances were not asked for.
+        surface_dice: Share of both outlines that lies within `TOLERANCE` of the other; None as above.
+        group: The patient, volume or video that the image is from; none if it stands alone.
+    """
 
     image: str
     label: str
     intersection: int
     predicted: int
     true: int
+    hausdorff95: float | None = None
+    surface_dice: float | None = None
+    group: str = ""
 
     @property
     def dice(self) -> float:
@@ -24,36 +48,59 @@ class MaskCounts:
         total = self.predicted + self.true
         return 2 * self.intersection / total if total else 1.0
 
+    @property
+    def iou(self) -> float:
+        union = self.predicted + self.true - self.intersection
+        return self.intersection / union if union else 1.0
+
 
 @dataclass(frozen=True)
 class LabelScores:
-    """One label's scores over a split.
+    """One label's scores over a split; None where there is nothing to take them from.
 
     Attributes:
         dice: Mean over all images; an image where both masks are blank counts as 1, a false alarm as 0.
-        dice_present: Mean over the images that have the label; None if none has it.
+        dice_present: Mean over the images that have the label.
         dice_pooled: Of all images' pixels together.
+        iou: Intersection over union, mean over the images that have the label.
+        hausdorff95: Mean over the images that have the label, in pixels.
+        surface_dice: Mean over the images that have the label.
+        false_alarms: Share of the images without the label in which some of it is predicted.
         images, images_present: How many images there are, and how many have the label.
     """
 
     dice: float
     dice_present: float | None
     dice_pooled: float
+    iou: float | None
+    hausdorff95: float | None
+    surface_dice: float | None
+    false_alarms: float | None
     images: int
     images_present: int
 
 
-def count_masks(image: str, labels: Sequence[str], predicted: np.ndarray, true: np.ndarray) -> list[MaskCounts]:
-    """One `MaskCounts` a label, from bool masks (K, H, W)."""
-    return [
-        MaskCounts(image, label, int((p & t).sum()), int(p.sum()), int(t.sum()))
-        for label, p, t in zip(labels, predicted, true, strict=True)
-    ]
+def score_masks(
+    sample: Sample, labels: Sequence[str], predicted: np.ndarray, distances: bool = False
+) -> list[MaskScore]:
+    """One `MaskScore` a label.
+
+    Args:
+        sample: The image, with its true masks.
+        labels: Names of the K labels.
+        predicted: Bool masks (K, H, W).
+        distances: Whether to measure the distances between outlines, which takes far longer than the rest.
+    """
+    scores = []
+    for label, p, t in zip(labels, predicted, sample.masks, strict=True):
+        counts = int((p & t).sum()), int(p.sum()), int(t.sum())
+        scores.append(MaskScore(sample.name, label, *counts, *_distances(p, t, distances), sample.group))
+    return scores
 
 
-def score_labels(counts: Iterable[MaskCounts], labels: Sequence[str]) -> dict[str, LabelScores]:
-    counts = list(counts)
-    return {label: _score([count for count in counts if count.label == label]) for label in labels}
+def score_labels(scores: Iterable[MaskScore], labels: Sequence[str]) -> dict[str, LabelScores]:
+    scores = list(scores)
+    return {label: _score([score for score in scores if score.label == label]) for label in labels}
 
 
 def mean_dice(scores: dict[str, LabelScores]) -> float:
@@ -61,13 +108,78 @@ def mean_dice(scores: dict[str, LabelScores]) -> float:
     return float(np.mean([score.dice for score in scores.values()]))
 
 
-def _score(counts: Sequence[MaskCounts]) -> LabelScores:
-    present = [count for count in counts if count.true]
-    pixels = sum(count.predicted + count.true for count in counts)
+def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:
+    """Each score's average over the labels that have it; images are those of all labels together."""
+    values = list(scores.values())
+    means: dict[str, Any] = {
+        field.name: _mean([getattr(value, field.name) for value in values]) for field in fields(LabelScores)
+    }
+    counts = {name: sum(getattr(value, name) for value in values) for name in ("images", "images_present")}
+    return LabelScores(**{**means, **counts})
+
+
+def write_scores(scores: Iterable[MaskScore], path: Path) -> None:
+    """A CSV with a row for each image and label."""
+    names = [field.name for field in fields(MaskScore)]
+    with replacing_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "dice", "iou"])
+        for score in scores:
+            writer.writerow([*(getattr(score, name) for name in names), score.dice, score.iou])
+
+
+def read_scores(path: Path) -> list[MaskScore]:
+    """What `write_scores` has written.
+
+    Raises:
+        UserError: if the file is missing or another one.
+    """
+    try:
+        with path.open(newline="") as file:
+            return [_from_row(row) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold an evaluation's scores ({error!r}); write it with evaluate.py."
+        ) from error
+
+
+def _from_row(row: dict[str, str]) -> MaskScore:
+    distances: dict[str, Any] = {
+        name: float(row[name]) if row[name] else None for name in ("hausdorff95", "surface_dice")
+    }
+    counts = {name: int(row[name]) for name in ("intersection", "predicted", "true")}
+    return MaskScore(row["image"], row["label"], **counts, **distances, group=row["group"])
+
+
+def _distances(predicted: np.ndarray, true: np.ndarray, wanted: bool) -> tuple[float | None, float | None]:
+    if not wanted or not true.any():
+        return None, None
+    diagonal = float(np.hypot(*true.shape))
+    if not predicted.any():
+        return diagonal, 0.0
+    p, t = (torch.from_numpy(mask)[None, None].float() for mask in (predicted, true))
+    hausdorff95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
+    surface_dice = compute_surface_dice(p, t, [TOLERANCE * diagonal], include_background=True)
+    return hausdorff95.item(), surface_dice.item()
+
+
+def _score(scores: Sequence[MaskScore]) -> LabelScores:
+    present = [score for score in scores if score.true]
+    absent = [score for score in scores if not score.true]
+    pixels = sum(score.predicted + score.true for score in scores)
     return LabelScores(
-        dice=float(np.mean([count.dice for count in counts])),
-        dice_present=float(np.mean([count.dice for count in present])) if present else None,
-        dice_pooled=2 * sum(count.intersection for count in counts) / pixels if pixels else 1.0,
-        images=len(counts),
+        dice=float(np.mean([score.dice for score in scores])),
+        dice_present=_mean([score.dice for score in present]),
+        dice_pooled=2 * sum(score.intersection for score in scores) / pixels if pixels else 1.0,
+        iou=_mean([score.iou for score in present]),
+        hausdorff95=_mean([score.hausdorff95 for score in present]),
+        surface_dice=_mean([score.surface_dice for score in present]),
+        false_alarms=_mean([float(score.predicted > 0) for score in absent]),
+        images=len(scores),
         images_present=len(present),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

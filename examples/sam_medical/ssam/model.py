@@ -1,4 +1,4 @@
-"""SAM prompted with the names of labels."""
+"""SAM, prompted in any of the ways of `ssam.prompts`."""
 
 from __future__ import annotations
 
@@ -7,69 +7,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam.backbones import Backbone
+from ssam.prompts import Prompting, Prompts
+
+# Where there was no prompt, so that its sigmoid is 0 in float16, too.
+NO_MASK_LOGIT = -20.0
 
 
-class TextAffineLayer(nn.Module):
-    """Text embeddings (K, D) to prompt tokens (K, 256): one learned layer, the paper's TAL.
+class PromptedSam(nn.Module):
+    """An image in, K masks out; the image is encoded once.
 
-    Normalised token by token (the published code does it over the batch), so that a token depends on its own label
-    alone.
-    """
+    Beside its prompts the decoder gets what the frozen prompt encoder makes of no mask and, for some backbones, of a
+    box around the whole image: nothing that a person would have to give.
 
-    def __init__(self, text_width: int, prompt_width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(text_width, prompt_width)
-        self.norm = nn.LayerNorm(prompt_width)
-
-    def forward(self, text_embeddings: Tensor) -> Tensor:
-        return self.norm(F.relu(self.linear(text_embeddings)))
-
-
-class TextPromptedSam(nn.Module):
-    """An image and K label names in, K masks out; the image is encoded once.
-
-    The decoder is prompted with one token a label, and with what the frozen prompt encoder makes of no mask and, for
-    some backbones, of a box around the whole image: nothing that a person would have to give.
-
-    Shape legend: B images, K labels, S image side, h w the encoder's grid, D width of the text embeddings.
+    Shape legend: B images, K labels, S image side, h w the encoder's grid.
     """
 
     position_of_pixels: Tensor
-    common_prompts: Tensor
+    common_tokens: Tensor
 
-    def __init__(self, backbone: Backbone, text_width: int) -> None:
+    def __init__(self, backbone: Backbone, prompts: Prompting) -> None:
         super().__init__()
         self.pixels = backbone.pixels
         self.image_encoder = backbone.image_encoder
         self.prompt_encoder = backbone.prompt_encoder
         self.mask_decoder = backbone.mask_decoder
-        self.text_affine = TextAffineLayer(text_width, backbone.prompt_encoder.hidden_size)
+        self.prompts = prompts
+        # SAM's decoder can give several masks for one prompt; a method may let each of them stand for a label.
+        self.a_mask_a_label = False
         self.register_buffer("position_of_pixels", self._encode_grid(), persistent=False)
-        common_prompts = self._encode_whole_image_box(backbone.image_size if backbone.whole_image_box else 0)
-        self.register_buffer("common_prompts", common_prompts, persistent=False)
+        whole_image_box = backbone.whole_image_box and prompts.needs_box
+        common_tokens = self._encode_whole_image_box(backbone.image_size if whole_image_box else 0)
+        self.register_buffer("common_tokens", common_tokens, persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, text_embeddings: Tensor) -> Tensor:
-        """Mask logits (B, K, S, S) from images (B, 3, S, S) between zero and one and text embeddings (K, D)."""
-        image_embeddings = self.image_encoder(self.pixels(images))
-        prompts = self.text_affine(text_embeddings)
-        mask_logits = self.decode(image_embeddings, prompts)
-        return F.interpolate(mask_logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+    def forward(self, images: Tensor, true_masks: Tensor | None = None) -> Tensor:
+        """Mask logits (B, K, S, S) from images (B, 3, S, S) between zero and one.
 
-    def decode(self, image_embeddings: Tensor, prompts: Tensor) -> Tensor:
-        """Mask logits (B, K, 4h, 4w) from image embeddings (B, 256, h, w) and prompt tokens (K, 256)."""
-        batch = len(image_embeddings)
-        _, no_mask = self.prompt_encoder(None, None, None, None)
-        common_prompts = self.common_prompts.expand(len(prompts), -1, -1)
-        prompts = torch.cat([prompts[:, None], common_prompts.to(prompts.dtype)], dim=1)
+        Args:
+            images: As the loaders give them.
+            true_masks: (B, K, S, S), for prompts that an expert gives; others do not look at them.
+        """
+        image_embeddings = self.image_encoder(self.pixels(images))
+        prompts = self.prompts(images, true_masks, self.prompt_encoder)
+        mask_logits = self.decode(image_embeddings, prompts)
+        mask_logits = F.interpolate(mask_logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        if prompts.given is None:
+            return mask_logits
+        return mask_logits.masked_fill(~prompts.given[..., None, None], NO_MASK_LOGIT)
+
+    def decode(self, image_embeddings: Tensor, prompts: Prompts) -> Tensor:
+        """Mask logits (B, K, 4h, 4w) from image embeddings (B, 256, h, w) and their prompts."""
+        batch, count = prompts.tokens.shape[:2]
+        common_tokens = self.common_tokens.to(prompts.tokens.dtype).expand(batch, count, -1, -1)
+        tokens = torch.cat([prompts.tokens, common_tokens], dim=2)
+        if prompts.dense is None:
+            _, dense = self.prompt_encoder(None, None, None, None)
+            dense = dense.expand(batch, -1, -1, -1)
+        else:
+            # The decoder takes one dense prompt an image, so that each label's becomes an image of its own.
+            image_embeddings = image_embeddings.repeat_interleave(count, dim=0)
+            tokens, dense = tokens.flatten(0, 1)[:, None], prompts.dense.flatten(0, 1)
         mask_logits, _ = self.mask_decoder(
             image_embeddings=image_embeddings,
-            image_positional_embeddings=self.position_of_pixels.expand(batch, -1, -1, -1),
-            sparse_prompt_embeddings=prompts.expand(batch, -1, -1, -1),
-            dense_prompt_embeddings=no_mask.expand(batch, -1, -1, -1),
-            multimask_output=False,
+            image_positional_embeddings=self.position_of_pixels.expand(len(image_embeddings), -1, -1, -1),
+            sparse_prompt_embeddings=tokens,
+            dense_prompt_embeddings=dense,
+            multimask_output=self.a_mask_a_label,
         )
-        return mask_logits.squeeze(2)
+        return mask_logits.reshape(batch, -1, *mask_logits.shape[-2:])
 
     @torch.no_grad()
     def _encode_whole_image_box(self, image_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from ssam.data.augmentation import AUGMENTATIONS
 from ssam.errors import UserError
+from ssam.methods import METHODS
 
 T = TypeVar("T")
 
@@ -22,7 +23,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class TrainOptions:
-    """Train S-SAM on a folder of images and masks."""
+    """Train S-SAM, or another method, on a folder of images and masks."""
+
+    method: str = option("s-sam", f"How to train: {', '.join(METHODS)}.")
 
     dataset: str = option(
         "brain-mri",
@@ -47,29 +50,90 @@ class TrainOptions:
     steps: int = option(400, "Updates of the adapter.")
     batch_size: int = option(4, "Images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches that make one update.")
-    learning_rate: float = option(5e-3, "Peak learning rate.")
+    learning_rate: float | None = option(None, "Peak learning rate; by default the method's, 5e-3 for S-SAM.")
     warmup_steps: int = option(20, "Updates over which the learning rate rises, before it falls along a cosine.")
-    weight_decay: float = option(0.01, "AdamW's decay of the text affine layer's matrix; nothing else decays.")
+    weight_decay: float = option(
+        0.01, "AdamW's decay of matrices that learn: of S-SAM, the text affine layer's alone."
+    )
     focal_weight: float = option(20.0, "Weight of the focal loss beside the Dice loss.")
     augmentation: str = option("upright", f"Random views of the training images: {' or '.join(AUGMENTATIONS)}.")
     mixed_precision: str = option("no", "no, bf16 or fp16.")
+    gradient_checkpointing: bool = option(
+        False, "Compute the encoder's blocks again instead of keeping what they made."
+    )
+    compile: bool = option(
+        False, "Compile the model with torch.compile; the first steps take longer, the others less."
+    )
     num_workers: int = option(0, "Processes that read and augment images.")
     seed: int = option(0, "Of the initialisation, the order of the images and their augmentation.")
 
     validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
     overlays: int = option(6, "Test images drawn with their true and predicted masks.")
+    report_to: str | None = option(
+        None, "A tracker that accelerate knows, such as tensorboard, beside the run's files."
+    )
     resume: bool = option(False, "Go on where an interrupted run in output_dir stopped; start anew if there is none.")
     overwrite: bool = option(False, "Replace a finished run in output_dir.")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"):
-            _require(self, name, getattr(self, name) >= 1, "must be at least 1")
+            require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("warmup_steps", "num_workers", "overlays", "weight_decay", "focal_weight"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
-        _require(self, "learning_rate", self.learning_rate > 0, "must be above 0")
-        _require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
+        require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
+        require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
         known = ", ".join(AUGMENTATIONS)
-        _require(self, "augmentation", self.augmentation in AUGMENTATIONS, f"must be one of {known}")
+        require(self, "augmentation", self.augmentation in AUGMENTATIONS, f"must be one of {known}")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+
+
+@dataclass
+class CompareOptions(TrainOptions):
+    """Train and evaluate several methods alike, and write one report."""
+
+    output_dir: str = option("runs/comparison", "Where the runs and the report go.")
+    methods: str = option(
+        "s-sam,lora", "The methods, with commas between them; the first is what the others are compared with."
+    )
+    seeds: int = option(3, "How many seeds, from 0.")
+    folds: int | None = option(None, "How many folds, if `dataset` holds {fold}, which counts from 1.")
+    rate_factors: str = option(
+        "0.33,1,3",
+        "Learning rates to choose from on validation, as multiples of the method's own; with commas between them.",
+    )
+    jobs: int = option(1, "Runs at a time, which share the cores.")
+    examples: int = option(4, "Test images in the picture of all methods' masks.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("seeds", "jobs", "examples"):
+            require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for name, instead in (("method", "methods"), ("seed", "seeds"), ("learning_rate", "rate_factors")):
+            is_default = getattr(self, name) == getattr(type(self), name)
+            require(self, name, is_default, f"is set for each run; give {instead} in its place")
+        for method in self.method_names:
+            if method not in METHODS:
+                raise UserError(f"methods names {method!r}, but the methods are {', '.join(METHODS)}.")
+        require(self, "methods", len(set(self.method_names)) == len(self.method_names), "names one twice")
+        require(self, "folds", (self.folds is not None) == ("{fold}" in self.dataset), "goes with {fold} in dataset")
+        require(self, "folds", self.folds is None or self.folds >= 1, "must be at least 1")
+        try:
+            positive = all(factor > 0 for factor in self.factors)
+        except ValueError:
+            positive = False
+        require(self, "rate_factors", positive, "must be numbers above 0 with commas between them")
+
+    @property
+    def method_names(self) -> list[str]:
+        return [name.strip() for name in self.methods.split(",")]
+
+    @property
+    def factors(self) -> list[float]:
+        return [float(factor) for factor in self.rate_factors.split(",")]
 
 
 @dataclass
@@ -81,13 +145,16 @@ class EvaluateOptions:
     dataset: str | None = option(None, "The dataset to read; by default the one the adapter was trained on.")
     split: str = option("test", "The split to score.")
     output: str = option("metrics.json", "File for the scores.")
+    csv: str | None = option(None, "File for the scores of each image and label.")
+    markdown: str | None = option(None, "File for the table.")
+    against: str | None = option(None, "Scores of each image of another method, to test the difference.")
     overlays: str | None = option(None, "Folder for pictures of the images with true and predicted masks.")
     backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
     batch_size: int = option(4, "Images a step.")
 
     def __post_init__(self) -> None:
-        _require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
-        _require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
+        require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
+        require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
 
 
 @dataclass
@@ -101,10 +168,10 @@ class PredictOptions:
     batch_size: int = option(4, "Images a step.")
 
     def __post_init__(self) -> None:
-        _require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
-        _require(self, "images", bool(self.images), "must be given, a folder of images")
-        _require(self, "output", bool(self.output), "must be given, a folder for the masks")
-        _require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
+        require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
+        require(self, "images", bool(self.images), "must be given, a folder of images")
+        require(self, "output", bool(self.output), "must be given, a folder for the masks")
+        require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
 
 
 def parse_options(options_type: type[T], arguments: list[str] | None = None) -> T:
@@ -155,6 +222,6 @@ def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict
     return {key: parsed[key] for key in content}
 
 
-def _require(options: object, name: str, holds: bool, rule: str) -> None:
+def require(options: object, name: str, holds: bool, rule: str) -> None:
     if not holds:
         raise UserError(f"{name} is {getattr(options, name)!r}, but it {rule}.")

@@ -12,7 +12,8 @@ import numpy as np
 
 from ssam.data.base import Sample
 from ssam.files import replacing_file
-from ssam.metrics import LabelScores, mean_dice
+from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores
+from ssam.statistics import Comparison, dice_by_case, interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,22 +22,85 @@ from matplotlib.patches import Patch
 SMOOTHING = 0.9
 
 
-def format_table(scores: dict[str, LabelScores]) -> str:
-    """The scores as a table for the terminal."""
-    width = max(len("label"), *(len(label) for label in scores), len("mean"))
-    lines = [f"{'label':<{width}}   Dice   present   pooled   images with it"]
+COLUMNS = (
+    "label",
+    "Dice",
+    "95 % interval",
+    "present",
+    "pooled",
+    "IoU",
+    "HD95",
+    "surface Dice",
+    "false alarms",
+    "images with it",
+)
+
+
+def score_table(
+    scores: Mapping[str, LabelScores], masks: Sequence[MaskScore]
+) -> tuple[Sequence[str], list[list[str]]]:
+    """Columns and rows: each label's scores, and their averages.
+
+    Args:
+        scores: Of each label.
+        masks: What they were taken from, for the intervals.
+    """
+    rows = []
     for label, score in scores.items():
-        present = "   -  " if score.dice_present is None else f"{score.dice_present:.4f}"
-        lines.append(
-            f"{label:<{width}}  {score.dice:.4f}  {present}   {score.dice_pooled:.4f}   "
-            f"{score.images_present} of {score.images}"
-        )
-    lines.append(f"{'mean':<{width}}  {mean_dice(scores):.4f}")
-    return "\n".join(lines)
+        dice = dice_by_case(mask for mask in masks if mask.label == label)
+        present = f"{score.images_present} of {score.images}"
+        rows.append([label, *_cells(score.dice, dice, score), present])
+    average = mean_scores(scores)
+    rows.append(["mean", *_cells(average.dice, dice_by_case(masks), average), ""])
+    return COLUMNS, rows
 
 
-def scores_as_json(scores: dict[str, LabelScores]) -> dict[str, Any]:
-    return {"mean_dice": mean_dice(scores), "labels": {label: asdict(score) for label, score in scores.items()}}
+def _cells(dice: float, dice_of_cases: Mapping[str, float], score: LabelScores) -> list[str]:
+    others = [score.dice_present, score.dice_pooled, score.iou, score.hausdorff95, score.surface_dice]
+    formats = (".4f", ".4f", ".4f", ".1f", ".4f")
+    cells = ["-" if value is None else f"{value:{form}}" for value, form in zip(others, formats, strict=True)]
+    alarms = "-" if score.false_alarms is None else f"{100 * score.false_alarms:.0f} %"
+    return [f"{dice:.4f}", format_interval(interval([*dice_of_cases.values()])), *cells, alarms]
+
+
+def format_interval(bounds: tuple[float, float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.3f} - {bounds[1]:.3f}"
+
+
+def format_table(scores: Mapping[str, LabelScores], masks: Sequence[MaskScore]) -> str:
+    """The scores as a table for the terminal."""
+    columns, rows = score_table(scores, masks)
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [columns, *rows]
+    )
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def format_comparison(comparison: Comparison, other: str) -> str:
+    return (
+        f"Dice {format_difference(comparison)} beside {other}, p = {comparison.p_value:.2g} (paired permutation test, "
+        f"{comparison.cases} cases)"
+    )
+
+
+def format_difference(comparison: Comparison) -> str:
+    if comparison.low is None:
+        return f"{comparison.difference:+.4f}"
+    return f"{comparison.difference:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f})"
+
+
+def scores_as_json(scores: dict[str, LabelScores], masks: Sequence[MaskScore]) -> dict[str, Any]:
+    return {
+        "mean_dice": mean_dice(scores),
+        "mean_dice_interval": interval([*dice_by_case(masks).values()]),
+        "labels": {label: asdict(score) for label, score in scores.items()},
+    }
 
 
 def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]], path: Path) -> None:
@@ -81,11 +145,41 @@ def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Se
             for mask, colour in zip(sample.masks, _colours(labels), strict=True):
                 _paint(panel, mask, colour)
     labels = next(iter(samples_of_split.values()))[1]
-    handles = [Patch(color=colour, label=label) for colour, label in zip(_colours(labels), labels, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=7)
+    _add_legend(figure, labels)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
+
+
+def draw_grid(
+    samples: Sequence[Sample], columns: Mapping[str, Sequence[np.ndarray]], labels: Sequence[str], path: Path
+) -> None:
+    """One PNG: a row of panels a sample, the image and then each column's masks (K, H, W) on it."""
+    width = len(columns) + 1
+    figure, axes = plt.subplots(
+        len(samples), width, figsize=(2 * width, 2 * len(samples) + 0.6), squeeze=False, constrained_layout=True
+    )
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for row, sample in enumerate(samples):
+        axes[row, 0].imshow(sample.image)
+        axes[0, 0].set_title("image", fontsize=8)
+        for column, (title, masks) in enumerate(columns.items(), start=1):
+            panel = axes[row, column]
+            panel.imshow(sample.image)
+            if row == 0:
+                panel.set_title(title, fontsize=8)
+            for mask, colour in zip(masks[row], _colours(labels), strict=True):
+                _paint(panel, mask, colour)
+    _add_legend(figure, labels)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+def _add_legend(figure: plt.Figure, labels: Sequence[str]) -> None:
+    handles = [Patch(color=colour, label=label) for colour, label in zip(_colours(labels), labels, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=8)
 
 
 def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], path: Path) -> None:
@@ -99,8 +193,7 @@ def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], 
         panel.set_axis_off()
         for mask, colour in zip(masks, colours, strict=True):
             _paint(panel, mask, colour)
-    handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(labels), frameon=False)
+    _add_legend(figure, labels)
     figure.savefig(path, format="png", dpi=80)
     plt.close(figure)
 

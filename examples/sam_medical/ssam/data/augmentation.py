@@ -14,7 +14,11 @@ INTERPOLATION = ("bilinear", "nearest")
 
 
 def build_augmentation(kind: str) -> transforms.Compose:
-    """The transforms by name: "upright" for scans, which have a top and a bottom, "any-orientation" for histology."""
+    """The transforms by name.
+
+    "upright" is for scans, which have a top and a bottom; "any-orientation" for histology; "published" is what the
+    paper's authors use for all: flips, rotation by 10 degrees, brightness and saturation.
+    """
     return transforms.Compose(AUGMENTATIONS[kind]())
 
 
@@ -50,6 +54,18 @@ def _any_orientation() -> list[transforms.Transform]:
     ]
 
 
+def _published() -> list[transforms.Transform]:
+    return [
+        transforms.RandFlipd(BOTH, prob=0.5, spatial_axis=0),
+        transforms.RandFlipd(BOTH, prob=0.5, spatial_axis=1),
+        transforms.RandRotated(
+            BOTH, prob=0.5, range_x=math.radians(10), mode=INTERPOLATION, padding_mode="zeros", keep_size=True
+        ),
+        transforms.RandScaleIntensityd("images", factors=0.2, prob=0.5),
+        RandSaturationd("images", prob=0.5, factors=(0.8, 1.2)),
+    ]
+
+
 class RandSaturationd(RandomizableTransform, MapTransform):
     """Moves colours (3, H, W) towards or away from their gray; MONAI has no transform for it."""
 
@@ -70,4 +86,4 @@ class RandSaturationd(RandomizableTransform, MapTransform):
         return changed
 
 
-AUGMENTATIONS = {"upright": _upright, "any-orientation": _any_orientation}
+AUGMENTATIONS = {"upright": _upright, "any-orientation": _any_orientation, "published": _published}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,11 +24,13 @@ class Sample:
         name: Unique within its dataset.
         image: (H, W, 3), float32 between zero and one.
         masks: (K, H, W), bool, in the order of the dataset's labels; a label that is absent has a blank mask.
+        group: The patient, volume or video that it is from, whose images resemble each other; none if it stands alone.
     """
 
     name: str
     image: np.ndarray
     masks: np.ndarray
+    group: str = ""
 
 
 class SegmentationDataset(ABC):
@@ -62,7 +64,7 @@ class SegmentationDataset(ABC):
         sample = self.read(index)
         if self._kept is None:
             return sample
-        return Sample(sample.name, sample.image, sample.masks[self._kept])
+        return replace(sample, masks=sample.masks[self._kept])
 
 
 def require_folder(root: Path | None, dataset: str, holding: str) -> Path:

@@ -45,7 +45,7 @@ class BrainMri(SegmentationDataset):
         z = self.slices[index]
         image = _upright(self.t1[:, :, z])
         masks = np.stack([_upright(volume[:, :, z]) for volume in self.label_volumes])
-        return Sample(f"mni152_axial_{z:03d}", np.repeat(image[..., None], 3, axis=2), masks)
+        return Sample(f"mni152_axial_{z:03d}", np.repeat(image[..., None], 3, axis=2), masks, group="mni152")
 
 
 def slices_of(split: str) -> list[int]:

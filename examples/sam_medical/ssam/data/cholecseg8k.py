@@ -84,4 +84,4 @@ class CholecSeg8k(SegmentationDataset):
         check_same_size(image, values, self.masks[index])
         require_known_values(values, {*VALUES.values(), BACKGROUND, UNLABELLED, BORDER}, self.masks[index])
         masks = np.stack([values == value for value in VALUES.values()])
-        return Sample(f"{path.parent.name}_{path.stem}", image, masks)
+        return Sample(f"{path.parent.name}_{path.stem}", image, masks, group=path.parent.parent.name)

@@ -66,7 +66,8 @@ class LitsPng(SegmentationDataset):
             mask = read_mask(path) > 0  # 0 and 1, so never above 127
             check_same_size(image, mask, path)
             masks.append(mask)
-        return Sample(self.images[index].stem, image, np.stack(masks))
+        stem = self.images[index].stem
+        return Sample(stem, image, np.stack(masks), group=stem.rsplit("_", 1)[0])
 
 
 def _masks_of(image: Path) -> list[Path]:

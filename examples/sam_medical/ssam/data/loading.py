@@ -26,9 +26,14 @@ class TrainingBatch(TypedDict):
 
 
 class EvaluationBatch(TypedDict):
-    """Images (B, 3, S, S) between zero and one, and the samples that they are from."""
+    """Images (B, 3, S, S) between zero and one, and the samples that they are from.
+
+    ``masks`` (B, K, S, S) are the true ones for prompts that an expert gives: a pixel belongs to a label if any part
+    of it does, so that none is too small to be pointed at.
+    """
 
     images: Tensor
+    masks: Tensor
     samples: list[Sample]
 
 
@@ -56,6 +61,8 @@ def training_loader(
         batch_size=batch_size,
         sampler=TrainingSampler(len(dataset), seed, first, last),
         num_workers=num_workers,
+        # Without one of its own, beginning to read would move torch's random numbers on, and a resumed run's with it.
+        generator=torch.Generator(),
     )
 
 
@@ -66,6 +73,7 @@ def evaluation_loader(dataset: Samples, image_size: int, batch_size: int, num_wo
         batch_size=batch_size,
         collate_fn=_collate_samples,
         num_workers=num_workers,
+        generator=torch.Generator(),
     )
 
 
@@ -80,11 +88,8 @@ class ResizedDataset(Dataset):
 
     def __init__(self, dataset: SegmentationDataset, image_size: int) -> None:
         self.dataset = dataset
-        size = (image_size, image_size)
-        self.resize_masks = transforms.Compose(
-            [transforms.Resize(size, mode="area"), transforms.AsDiscrete(threshold=0.5)]
-        )
         self.resize_image = image_resizing(image_size)
+        self.resize_masks = mask_resizing(image_size)
 
     def __getitem__(self, index: int) -> TrainingBatch:
         sample = self.dataset[index]
@@ -117,18 +122,22 @@ class AugmentedDataset(Dataset):
 
 
 class EvaluationDataset(Dataset):
-    """Images stretched to the model's square, with the samples that they are from."""
+    """Images and masks stretched to the model's square, with the samples that they are from."""
 
     def __init__(self, dataset: Samples, image_size: int) -> None:
         self.dataset = dataset
         self.resize_image = image_resizing(image_size)
+        self.resize_masks = mask_resizing(image_size, least_share=1e-6)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Sample]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Sample]:
         sample = self.dataset[index]
-        return self.resize_image(sample.image.transpose(2, 0, 1)).as_tensor(), sample
+        image = self.resize_image(sample.image.transpose(2, 0, 1)).as_tensor()
+        # Images without masks, which are to be segmented, have none of any size.
+        masks = self.resize_masks(sample.masks.astype(np.float32)).as_tensor() if len(sample.masks) else image[:0]
+        return image, masks, sample
 
 
 class TrainingSampler(Sampler):
@@ -163,6 +172,13 @@ def image_resizing(image_size: int) -> transforms.Transform:
     return transforms.Resize((image_size, image_size), mode="bilinear", anti_aliasing=True)
 
 
-def _collate_samples(items: list[tuple[Tensor, Sample]]) -> EvaluationBatch:
-    images, samples = zip(*items, strict=True)
-    return {"images": torch.stack(images), "samples": list(samples)}
+def mask_resizing(image_size: int, least_share: float = 0.5) -> transforms.Transform:
+    """A pixel belongs to a label if that share of its area does."""
+    return transforms.Compose(
+        [transforms.Resize((image_size, image_size), mode="area"), transforms.AsDiscrete(threshold=least_share)]
+    )
+
+
+def _collate_samples(items: list[tuple[Tensor, Tensor, Sample]]) -> EvaluationBatch:
+    images, masks, samples = zip(*items, strict=True)
+    return {"images": torch.stack(images), "masks": torch.stack(masks), "samples": list(samples)}

@@ -81,7 +81,8 @@ class OwnData(SegmentationDataset):
     def read(self, index: int) -> Sample:
         path, mask_paths, number = self.items[index]
         image = _image(path, number)
-        name = path.stem if number is None else f"{_without_suffix(path.name)}_{number:03}"
+        group = "" if number is None else _without_suffix(path.name)
+        name = path.stem if number is None else f"{group}_{number:03}"
         masks = []
         for mask_path in mask_paths:
             if mask_path is None:
@@ -90,10 +91,10 @@ class OwnData(SegmentationDataset):
             masks.append(_mask(mask_path, number))
             check_same_size(image, masks[-1], mask_path)
         if not self.values:
-            return Sample(name, image, np.stack([mask > 0 for mask in masks]))
+            return Sample(name, image, np.stack([mask > 0 for mask in masks]), group)
         assert mask_paths[0] is not None
         require_known_values(masks[0], {0, *self.values.values()}, mask_paths[0])
-        return Sample(name, image, np.stack([masks[0] == value for value in self.values.values()]))
+        return Sample(name, image, np.stack([masks[0] == value for value in self.values.values()]), group)
 
 
 def _read_label_values(folder: Path, root: Path) -> dict[str, int]:

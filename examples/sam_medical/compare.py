@@ -1,0 +1,41 @@
+"""Train and evaluate several methods alike, and write one report.
+
+    python examples/sam_medical/compare.py --config examples/sam_medical/configs/compare-glas.yaml \\
+        --data-root DATA --methods s-sam,lora,samed --seeds 3 --output-dir runs/compare-glas
+
+Every method has the same data, steps and images a step; its learning rate is chosen on the validation images of the
+first seed, out of the same multiples of its usual one. The output directory gets a folder for each run, and report/:
+the table (README.md, table.csv), trained values against Dice, curves, and all methods' masks side by side.
+
+What is done is not done again: the same command goes on where it was stopped, and tries again what has failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ssam.comparison import Bench
+from ssam.comparison_report import write_report
+from ssam.errors import one_line_errors
+from ssam.options import CompareOptions, parse_options
+from ssam.runtime import prepare_process
+
+
+@one_line_errors
+def main() -> None:
+    options = parse_options(CompareOptions)
+    prepare_process()
+    bench = Bench(options)
+    bench.run()
+    report = Path(options.output_dir) / "report"
+    print(write_report(bench, report))
+    print(report)
+    if bench.failures:
+        sys.exit(
+            f"{len(bench.failures)} of the runs have failed; the report says why. Repeat the command to try again."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The runs of a comparison: which there are, which are done, and the others one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ssam.checkpoint import FREE_OPTIONS
+from ssam.data import open_dataset
+from ssam.errors import UserError
+from ssam.methods import METHODS
+from ssam.metrics import MaskScore, read_scores
+from ssam.options import CompareOptions, TrainOptions
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+METRICS_FILE = "metrics.json"
+LOG_FILE = "log.txt"
+SCORES_FILE = "scores.csv"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a fold, with a seed and a learning rate."""
+
+    method: str
+    fold: int
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/fold-{self.fold}/rate-{self.learning_rate:g}/seed-{self.seed}"
+
+
+class Bench:
+    """All cells of a comparison, in one folder.
+
+    Attributes:
+        options: What to compare.
+        rates: The learning rate of each method on each fold; chosen while it runs, by the fold's own validation.
+        failures: What a failed cell said last.
+
+    Raises:
+        UserError: if a fold cannot be read, or a finished run in the folder was made of other things.
+    """
+
+    def __init__(self, options: CompareOptions) -> None:
+        self.options = options
+        self.folder = Path(options.output_dir)
+        self.folds = range(1, (options.folds or 1) + 1)
+        self.rates: dict[tuple[str, int], float] = {}
+        self.failures: dict[Cell, str] = {}
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        for fold in self.folds:
+            for split in ("train", "validation", "test"):
+                open_dataset(self.dataset_of(fold), options.data_root, split, options.labels)
+        for path in self.folder.rglob(METRICS_FILE):
+            self._check_same_options(path)
+
+    def run(self) -> None:
+        """Runs every cell that is not done, first those by which the learning rates are chosen."""
+        pairs = [(method, fold) for method in self.options.method_names for fold in self.folds]
+        self._run_all(cell for pair in pairs for cell in self._candidates(*pair))
+        for pair in pairs:
+            done = [cell for cell in self._candidates(*pair) if self.is_done(cell)]
+            if done:
+                best = max(done, key=lambda cell: self.metrics(cell)["validation"]["best_dice"])
+                self.rates[pair] = best.learning_rate
+        self._run_all(Cell(*pair, seed, rate) for pair, rate in self.rates.items() for seed in self._seeds_of(pair[0]))
+        self._check_same_weights_and_images()
+
+    def done_seeds(self, method: str) -> dict[int, list[Cell]]:
+        """Of the seeds that are done on all folds, the cells at the chosen learning rates."""
+        if not all((method, fold) in self.rates for fold in self.folds):
+            return {}
+        by_seed = {
+            seed: [Cell(method, fold, seed, self.rates[method, fold]) for fold in self.folds]
+            for seed in self._seeds_of(method)
+        }
+        return {seed: cells for seed, cells in by_seed.items() if all(map(self.is_done, cells))}
+
+    def folder_of(self, cell: Cell) -> Path:
+        return self.folder / cell.name
+
+    def is_done(self, cell: Cell) -> bool:
+        return (self.folder_of(cell) / METRICS_FILE).is_file()
+
+    def metrics(self, cell: Cell) -> dict[str, Any]:
+        return json.loads((self.folder_of(cell) / METRICS_FILE).read_text())
+
+    def scores(self, cells: Iterable[Cell]) -> list[MaskScore]:
+        """Of all images that these cells were tested on."""
+        return [score for cell in cells for score in read_scores(self.folder_of(cell) / SCORES_FILE)]
+
+    def dataset_of(self, fold: int) -> str:
+        return self.options.dataset.replace("{fold}", str(fold))
+
+    def _seeds_of(self, method: str) -> range:
+        return range(self.options.seeds if METHODS[method].is_random else 1)
+
+    def _candidates(self, method: str, fold: int) -> list[Cell]:
+        """The cells by which a method's learning rate on a fold is chosen."""
+        factors = self.options.factors if METHODS[method].learns else [1.0]
+        base = METHODS[method].learning_rate
+        return [Cell(method, fold, 0, float(f"{base * factor:.2g}")) for factor in factors]
+
+    def _run_all(self, cells: Iterable[Cell]) -> None:
+        missing = [cell for cell in dict.fromkeys(cells) if not self.is_done(cell)]
+        bar = tqdm(total=len(missing), unit="run", disable=not missing)
+        with bar, ThreadPoolExecutor(self.options.jobs) as pool, self._ending_runs(pool):
+            for cell, error in zip(missing, pool.map(self._run, missing), strict=True):
+                if error is not None:
+                    self.failures[cell] = error
+                    bar.write(f"{cell.name} has failed: {error}")
+                bar.update()
+
+    @contextmanager
+    def _ending_runs(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """When interrupted, starts no further runs, and lets those that are under way save their state."""
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(self._processes):
+                process.send_signal(signal.SIGTERM)
+            raise UserError("Stopped; the same command goes on from here.") from interrupt
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _run(self, cell: Cell) -> str | None:
+        """Trains and evaluates one cell in a process of its own; returns what went wrong."""
+        folder = self.folder_of(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if self.options.jobs > 1:
+            threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        command = [sys.executable, str(TRAIN), *self._flags(cell)]
+        with (folder / LOG_FILE).open("w") as log:
+            # In a session of its own, so that Ctrl-C comes to it once, from here.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            self._processes.add(process)
+            code = process.wait()
+            self._processes.discard(process)
+        return None if code == 0 else last_line((folder / LOG_FILE).read_text()) or f"ended with status {code}"
+
+    def _flags(self, cell: Cell) -> list[str]:
+        values = {
+            **{field.name: getattr(self.options, field.name) for field in fields(TrainOptions)},
+            "method": cell.method,
+            "dataset": self.dataset_of(cell.fold),
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "output_dir": str(self.folder_of(cell)),
+            "resume": True,
+        }
+        flags: list[str] = []
+        for name, value in values.items():
+            if value is not None:
+                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return flags
+
+    def _check_same_options(self, path: Path) -> None:
+        """Raises a `UserError` if a finished run in the folder was made with other options."""
+        done = json.loads(path.read_text())["options"]
+        fold = int(path.parent.parent.parent.name.removeprefix("fold-"))
+        wanted = {**asdict(self.options), "dataset": self.dataset_of(fold)}
+        own = {"method", "seed", "learning_rate", *FREE_OPTIONS}
+        for name in (done.keys() & wanted.keys()) - own:
+            if done[name] != wanted[name]:
+                raise UserError(
+                    f"{path.parent} was run with {name} {done[name]!r}, and now it is {wanted[name]!r}; give another "
+                    "--output-dir."
+                )
+
+    def _check_same_weights_and_images(self) -> None:
+        """Raises a `UserError` if the runs of a fold are not of the same pretrained weights and images."""
+        seen: dict[tuple[str, int], tuple[Any, Cell]] = {}
+        for (method, fold), rate in self.rates.items():
+            for cell in (Cell(method, fold, seed, rate) for seed in self._seeds_of(method)):
+                if not self.is_done(cell):
+                    continue
+                metrics = self.metrics(cell)
+                facts = {"images": metrics["data"], "weights": metrics["weights"] or None}
+                for name, value in facts.items():
+                    first, other = seen.setdefault((name, fold), (value, cell))
+                    if value is not None and first != value:
+                        raise UserError(
+                            f"{cell.name} is not of the same {name} as {other.name}; remove the one that is wrong, or "
+                            "give another --output-dir."
+                        )
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

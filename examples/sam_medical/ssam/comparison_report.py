@@ -1,0 +1,247 @@
+"""The report of a comparison: its table, trained values against Dice, curves, and all methods' masks side by side."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from ssam.adapter import load_adapter
+from ssam.comparison import Bench, Cell
+from ssam.data import open_dataset
+from ssam.data.loading import evaluation_loader, spread
+from ssam.evaluation import predict_masks
+from ssam.files import replacing_file, write_text
+from ssam.methods import METHODS
+from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
+from ssam.report import draw_grid, format_difference, format_interval, markdown_table
+from ssam.statistics import Comparison, compare, dice_by_case, holm, interval
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = (
+    "method",
+    "expert's hints",
+    "trained values",
+    "Dice",
+    "least - most of seeds",
+    "95 % interval",
+    "present",
+    "pooled",
+    "IoU",
+    "HD95",
+    "surface Dice",
+    "false alarms",
+    "Dice less the first's",
+    "p (Holm)",
+    "learning rate",
+    "seconds a run",
+    "peak memory, GB",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's results over its seeds and folds.
+
+    Attributes:
+        method: Its name in `METHODS`.
+        cells: Its finished runs.
+        dice_of_seeds: The paper's average, of each seed over all folds.
+        scores: Of every run, image and label.
+        labels: The average of each label's scores, over seeds.
+        trained: How many values learn.
+        seconds, memory: Medians over runs; bytes.
+    """
+
+    method: str
+    cells: list[Cell]
+    dice_of_seeds: list[float]
+    scores: list[MaskScore]
+    labels: LabelScores
+    by_label: dict[str, float]
+    trained: int
+    seconds: float
+    memory: float | None
+
+    @property
+    def dice(self) -> float:
+        return float(np.mean(self.dice_of_seeds))
+
+
+def write_report(bench: Bench, folder: Path) -> str:
+    """Writes all of it into the folder, and returns the table for the terminal."""
+    rows = [row for method in bench.options.method_names if (row := _row(bench, method)) is not None]
+    if not rows:
+        text = "No method has finished a seed.\n" + _failures(bench)
+        write_text(folder / "README.md", text)
+        return text
+    comparisons = _comparisons(rows)
+    table = [_cells(row, comparisons.get(row.method)) for row in rows]
+    with replacing_file(folder / "table.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *table])
+    write_text(folder / "README.md", _text(bench, rows, table))
+    _draw_trained_values(rows, folder / "trained_values.png")
+    _draw_curves(bench, rows, folder / "curves.png")
+    _draw_masks(bench, rows, folder / "masks.png")
+    return markdown_table(COLUMNS, table)
+
+
+def _row(bench: Bench, method: str) -> Row | None:
+    seeds = bench.done_seeds(method)
+    if not seeds:
+        return None
+    cells = [cell for of_seed in seeds.values() for cell in of_seed]
+    metrics = [bench.metrics(cell) for cell in cells]
+    labels = list(metrics[0]["test"]["labels"])
+    memory = [values["peak_memory_bytes"] for values in metrics]
+    of_seeds = [score_labels(bench.scores(of_seed), labels) for of_seed in seeds.values()]
+    means = {str(seed): mean_scores(scores) for seed, scores in zip(seeds, of_seeds, strict=True)}
+    return Row(
+        method=method,
+        cells=cells,
+        dice_of_seeds=[mean_dice(scores) for scores in of_seeds],
+        scores=bench.scores(cells),
+        labels=mean_scores(means),
+        by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in labels},
+        trained=metrics[0]["trainable_parameters"],
+        seconds=float(np.median([values["seconds"] for values in metrics])),
+        memory=None if None in memory else float(np.median(memory)),
+    )
+
+
+def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
+    """Every method with the first, image by image, its seeds averaged; p values adjusted for their number."""
+    found = {row.method: compare(row.scores, rows[0].scores) for row in rows[1:]}
+    adjusted = holm([comparison.p_value for comparison in found.values()])
+    return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
+
+
+def _cells(row: Row, comparison: Comparison | None) -> list[str]:
+    method, labels = METHODS[row.method], row.labels
+    others = [labels.dice_present, labels.dice_pooled, labels.iou, labels.hausdorff95, labels.surface_dice]
+    formats = (".3f", ".3f", ".3f", ".1f", ".3f")
+    return [
+        method.title,
+        method.prompts if method.is_sam and method.needs_expert else "",
+        f"{row.trained if method.learns else 0:,}",
+        f"{row.dice:.3f}",
+        f"{min(row.dice_of_seeds):.3f} - {max(row.dice_of_seeds):.3f} ({len(row.dice_of_seeds)})",
+        format_interval(interval([*dice_by_case(row.scores).values()])),
+        *("-" if value is None else f"{value:{form}}" for value, form in zip(others, formats, strict=True)),
+        "-" if labels.false_alarms is None else f"{100 * labels.false_alarms:.0f} %",
+        "" if comparison is None else format_difference(comparison),
+        "" if comparison is None else f"{comparison.p_value:.2g}",
+        ", ".join(dict.fromkeys(f"{cell.learning_rate:g}" for cell in row.cells)) if method.learns else "",
+        f"{row.seconds:.0f}",
+        "-" if row.memory is None else f"{row.memory / 1e9:.1f}",
+    ]
+
+
+def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> str:
+    options = bench.options
+    metrics = bench.metrics(rows[0].cells[0])
+    environment = ", ".join(f"{name} {value}" for name, value in metrics["environment"].items())
+    splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in metrics["data"].items())
+    parts = [
+        f"# Methods compared on {options.dataset}",
+        f"`compare.py` has written this file. Every method: {options.steps} steps of "
+        f"{options.batch_size * options.gradient_accumulation_steps} images at {options.image_size} pixels, "
+        f"{options.augmentation} augmentation, backbone `{options.backbone}`, text encoder "
+        f"`{options.text_encoder}`; the learning rate chosen on validation out of {options.rate_factors} times the "
+        f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by "
+        "validation Dice.",
+        markdown_table(COLUMNS, table),
+        "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds. Intervals and p "
+        f"values are over {len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
+        "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
+        "Holm's correction. HD95 in pixels of the images' own size; surface Dice within 1 % of the diagonal. Methods "
+        "with hints are told, in every image, which labels are there, and where.",
+        *_departures(rows),
+        "![trained values against Dice](trained_values.png)",
+        "![validation Dice](curves.png)",
+    ]
+    if len(rows[0].by_label) > 1:
+        parts += ["Dice of each label:", _label_table(rows)]
+    parts += [f"Images: {splits}, of the first run. {environment}."]
+    return "\n\n".join(parts) + "\n" + _failures(bench)
+
+
+def _departures(rows: Sequence[Row]) -> list[str]:
+    """What is otherwise than in the methods' papers, as a list; nothing if nothing is."""
+    methods = [METHODS[row.method] for row in rows]
+    lines = [f"- {method.title}: {method.departs}." for method in methods if method.departs]
+    return ["Otherwise than in their papers:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _label_table(rows: Sequence[Row]) -> str:
+    labels = list(rows[0].by_label)
+    lines = [[METHODS[row.method].title, *(f"{row.by_label[label]:.3f}" for label in labels)] for row in rows]
+    return markdown_table(["method", *labels], lines)
+
+
+def _failures(bench: Bench) -> str:
+    if not bench.failures:
+        return ""
+    lines = [f"- `{cell.name}`: {reason}" for cell, reason in bench.failures.items()]
+    return "\nRuns that have failed:\n\n" + "\n".join(lines) + "\n"
+
+
+def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
+    """The paper's Figure 4: how much is trained, and what it brings."""
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for index, row in enumerate(rows):
+        method = METHODS[row.method]
+        trained = row.trained if method.learns else 0
+        colour = "tab:red" if method.network else "tab:gray" if method.needs_expert else "tab:blue"
+        colour = "tab:green" if index == 0 else colour
+        lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
+        errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them
+        axes.errorbar(trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
+        axes.annotate(method.title, (trained, row.dice), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("symlog", linthresh=1e4)
+    axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for index, row in enumerate(rows):
+        histories = [bench.metrics(cell)["history"]["validations"] for cell in row.cells]
+        if METHODS[row.method].learns:
+            steps = [step for step, _ in histories[0]]
+            dice = np.mean([[value for _, value in history] for history in histories], axis=0)
+            style = ("-", "--", ":")[index // 10 % 3]
+            axes.plot(steps, dice, style, color=f"C{index % 10}", label=METHODS[row.method].title)
+    axes.set(xlabel="step", ylabel="Dice on the validation images, mean of all runs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
+    """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed."""
+    options = bench.options
+    dataset = open_dataset(bench.dataset_of(1), options.data_root, "test", options.labels)
+    samples = spread(dataset, options.examples)
+    columns = {"truth": [sample.masks for sample in samples]}
+    for row in rows:
+        adapter = bench.folder_of(row.cells[0]) / "adapter"
+        if not adapter.is_dir():  # kept elsewhere, because of its size
+            continue
+        model, task = load_adapter(adapter, options.backbone)
+        loader = evaluation_loader(samples, task.image_size, batch_size=1)
+        columns[METHODS[row.method].title] = [masks for _, masks in predict_masks(model, loader)]
+    draw_grid(samples, columns, list(dataset.labels), path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,121 @@
+"""A method put to work on a model: what learns, what decays, and what of it is kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ssam.errors import UserError
+from ssam.methods import POSITION_TYPES, Method, names_in
+from ssam.model import PromptedSam
+
+
+def tune(model: nn.Module, method: Method, labels: int, target_modules: str) -> nn.Module:
+    """The model as the method trains it; everything else stays frozen.
+
+    Args:
+        model: A `PromptedSam`, or a network, which is trained as it is.
+        method: What to do.
+        labels: How many there are.
+        target_modules: Regular expression of the encoder's layers to tune, for methods that have an adapter.
+
+    Returns:
+        A `PeftModel` if the method is one of PEFT's, otherwise the model.
+
+    Raises:
+        UserError: if the expression is none, or matches no layer that can be tuned.
+    """
+    if not isinstance(model, PromptedSam):
+        return model
+    if method.takes_target_modules:
+        _check_expression(model, target_modules)
+    try:
+        if method.insert:
+            method.insert(model, labels, target_modules)
+        if method.adapter:
+            config = method.adapter(model, target_modules)
+            cast(Any, config).modules_to_save = names_in(model, method.trained)
+            return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"target_modules {target_modules!r}: {error}") from error
+    for name in names_in(model, method.trained):
+        model.get_submodule(name).requires_grad_(True)
+    if method.biases:
+        for name, parameter in model.image_encoder.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters for an optimizer.
+
+    Only matrices decay: decay pulls A and norms towards zero, which is not the identity, and positions and embeddings
+    mean something where they are.
+    """
+    kept_as_they_are = (*POSITION_TYPES, nn.Embedding)
+    positions = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, kept_as_they_are) or name.startswith(("rel_pos", "position_embeddings"))
+    }
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and id(parameter) not in positions
+            (decaying if decays else others).append(parameter)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def count_trainable(model: nn.Module) -> int:
+    """How many values learn; of a parameter that is held at zero in places, those that can move."""
+    return sum(
+        getattr(parameter, "values_that_learn", parameter.numel())
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )
+
+
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All of a tuned model that is not the pretrained one's."""
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model)
+    names = _kept_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def load_kept_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(tensors))
+    else:
+        model.load_state_dict(tensors, strict=False)
+
+
+def _kept_names(model: nn.Module) -> set[str]:
+    """What learns, the statistics of norms that learn, and prompts, which are random if they do not learn."""
+    names = set()
+    for module_name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        learns = any(parameter.requires_grad for parameter in own.values())
+        is_prompt = isinstance(model, PromptedSam) and module_name.startswith("prompts.")
+        for name in [*own, *dict(module.named_buffers(recurse=False))]:
+            if is_prompt or (own[name].requires_grad if name in own else learns):
+                names.add(f"{module_name}.{name}".removeprefix("."))
+    return names
+
+
+def _check_expression(model: PromptedSam, target_modules: str) -> None:
+    names = [name for name, _ in model.named_modules()]
+    try:
+        matches = any(re.fullmatch(target_modules, name) for name in names)
+    except re.error as error:
+        raise UserError(f"target_modules {target_modules!r}: {error}") from error
+    if not matches:
+        example = next(name for name in names if name.endswith("qkv"))
+        raise UserError(f"target_modules {target_modules!r}: matches no layer; their names are like {example}")

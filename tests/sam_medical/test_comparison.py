@@ -1,0 +1,226 @@
+"""compare.py: which runs there are, that none is done twice, and that the table says what they gave."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import compare
+from ssam import comparison
+from ssam.comparison import Bench, last_line
+from ssam.errors import UserError
+from ssam.metrics import MaskScore, read_scores, write_scores
+from ssam.options import CompareOptions
+
+
+@pytest.fixture
+def options(glas_folder, tiny_sam_folder, tiny_clip_folder, tmp_path):
+    return {
+        "dataset": "glas",
+        "data_root": str(glas_folder),
+        "output_dir": str(tmp_path / "bench"),
+        "backbone": str(tiny_sam_folder),
+        "text_encoder": str(tiny_clip_folder),
+        "image_size": 32,
+        "steps": 4,
+        "batch_size": 2,
+        "warmup_steps": 1,
+        "validate_every": 4,
+        "augmentation": "any-orientation",
+        "seeds": 2,
+    }
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(**options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr("sys.argv", ["compare", *flags])
+        compare.main()
+
+    return run
+
+
+def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys):
+    options["methods"] = "s-sam,u-net,zero-shot-point"
+    run(**options, rate_factors="1")
+    folder = tmp_path / "bench"
+    runs = sorted(path.parent for path in folder.rglob("metrics.json"))
+    assert [str(path.relative_to(folder)) for path in runs] == [
+        "s-sam/fold-1/rate-0.005/seed-0",
+        "s-sam/fold-1/rate-0.005/seed-1",
+        "u-net/fold-1/rate-0.002/seed-0",
+        "u-net/fold-1/rate-0.002/seed-1",
+        "zero-shot-point/fold-1/rate-0.005/seed-0",
+    ]
+    with (folder / "report" / "table.csv").open() as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    for method, title in (("s-sam", "S-SAM"), ("u-net", "U-Net"), ("zero-shot-point", "zero-shot, point")):
+        scores = [read_scores(path / "scores.csv") for path in runs if f"/{method}/" in str(path)]
+        assert table[title]["Dice"] == f"{np.mean([s.dice for run in scores for s in run]):.3f}"
+        assert f"({len(scores)})" in table[title]["least - most of seeds"]
+    trained = json.loads((runs[0] / "metrics.json").read_text())["trainable_parameters"]
+    assert (table["S-SAM"]["trained values"], table["zero-shot, point"]["trained values"]) == (f"{trained:,}", "0")
+    assert table["zero-shot, point"]["expert's hints"] == "point" and table["U-Net"]["p (Holm)"]
+    report = (folder / "report" / "README.md").read_text()
+    assert "| S-SAM |" in report and "| S-SAM |" in capsys.readouterr().out
+    for picture in ("trained_values.png", "curves.png", "masks.png"):
+        assert min(Image.open(folder / "report" / picture).size) > 100
+
+    finished = {path: (path / "metrics.json").stat().st_mtime_ns for path in runs}
+    run(**options, rate_factors="1")
+    assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in runs}
+    with pytest.raises(SystemExit, match=r"seed-0 was run with steps 4, and now it is 6; give another --output-dir"):
+        run(**{**options, "steps": 6})
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(run, options, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1 of the runs have failed"):
+        run(**options, methods="s-sam,u-net", rate_factors="1", target_modules="nothing.*", jobs=2)
+    report = (tmp_path / "bench" / "report" / "README.md").read_text()
+    assert "- `s-sam/fold-1/rate-0.005/seed-0`: error: target_modules 'nothing.*': matches no layer" in report
+    assert "| U-Net |" in report and "| S-SAM |" not in report
+
+
+@pytest.fixture
+def fake_training(monkeypatch):
+    """In place of training: Dice as a function of the run's flags."""
+
+    def fake_training(dice_of, weights_of=lambda flags: "0123"):
+        def call(command, **_):
+            flags = dict(zip(command[2::2], command[3::2], strict=True))
+            folder = comparison.Path(flags["--output_dir"])
+            validation, of_images = dice_of(flags)
+            scores = [MaskScore(name, "liver", round(100 * dice), 100, 100) for name, dice in of_images.items()]
+            write_scores(scores, folder / "scores.csv")
+            values = {
+                "options": {"steps": int(flags["--steps"]), "dataset": flags["--dataset"]},
+                "validation": {"best_dice": validation},
+                "weights": weights_of(flags),
+                "data": flags["--dataset"],
+            }
+            (folder / "metrics.json").write_text(json.dumps(values))
+            trained.append(flags)
+            return type("Process", (), {"wait": lambda self: 0})()
+
+        trained = []
+        monkeypatch.setattr(comparison.subprocess, "Popen", call)
+        monkeypatch.setattr(comparison, "open_dataset", lambda *_: None)
+        return trained
+
+    return fake_training
+
+
+def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training, tmp_path):
+    def dice_of(flags):
+        rate = float(flags["--learning_rate"])
+        return -abs(rate - 0.006), {"a": min(1, 10 * rate)}  # the test images like large ones
+
+    trained = fake_training(dice_of)
+    bench = Bench(CompareOptions(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3"))
+    bench.run()
+    assert bench.rates == {("s-sam", 1): 0.005}
+    assert sorted((flags["--learning_rate"], flags["--seed"]) for flags in trained) == [
+        ("0.0015", "0"),
+        ("0.005", "0"),
+        ("0.005", "1"),
+        ("0.005", "2"),
+        ("0.015", "0"),
+    ]
+
+
+def test_folds_make_one_test_set(fake_training, tmp_path):
+    trained = fake_training(lambda flags: (0.5, {f"image of {flags['--dataset']}": 0.1 * int(flags["--dataset"][-1])}))
+    bench = Bench(
+        CompareOptions(
+            output_dir=str(tmp_path), dataset="us-{fold}", folds=3, methods="lora", seeds=2, rate_factors="1"
+        )
+    )
+    bench.run()
+    seeds = bench.done_seeds("lora")
+    assert list(seeds) == [0, 1] and len(trained) == 6
+    scores = bench.scores(seeds[1])
+    assert [(s.image, s.dice) for s in scores] == [(f"image of us-{k}", pytest.approx(0.1 * k)) for k in (1, 2, 3)]
+
+
+def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_path):
+    """A fold's validation images are another one's test images."""
+    fake_training(
+        lambda flags: (-abs(float(flags["--learning_rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
+    )
+    options = CompareOptions(
+        output_dir=str(tmp_path), dataset="us-{fold}", folds=2, methods="lora", rate_factors="1,2"
+    )
+    bench = Bench(options)
+    bench.run()
+    assert bench.rates == {("lora", 1): 0.002, ("lora", 2): 0.004}
+    assert [cell.learning_rate for cell in bench.done_seeds("lora")[2]] == [0.002, 0.004]
+
+
+def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path):
+    fake_training(lambda flags: (0.5, {"a": 0.5}), weights_of=lambda flags: flags["--method"])
+    options = {"output_dir": str(tmp_path), "methods": "lora", "rate_factors": "1", "seeds": 1}
+    Bench(CompareOptions(**options)).run()
+    with pytest.raises(UserError, match="was run with dataset 'brain-mri', and now it is 'glas'"):
+        Bench(CompareOptions(**options, dataset="glas"))
+    with pytest.raises(UserError, match=r"s-sam/.* is not of the same weights as lora/"):
+        Bench(CompareOptions(**{**options, "methods": "lora,s-sam"})).run()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": "s-sam,s-sam"}, "methods is 's-sam,s-sam', but it names one twice"),
+        ({"methods": "s-sam,magic"}, "methods names 'magic', but the methods are"),
+        ({"seed": 5}, "is set for each run; give seeds in its place"),
+        ({"learning_rate": 0.1}, "is set for each run; give rate_factors in its place"),
+        ({"folds": 3}, "goes with {fold} in dataset"),
+        ({"rate_factors": "1,-1"}, "must be numbers above 0"),
+        ({"dataset": "glas", "data_root": "nowhere"}, "there is no folder nowhere"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Bench(CompareOptions(output_dir=str(tmp_path), **options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_counts_once_all_of_its_folds_are_done(fake_training, tmp_path):
+    fake_training(lambda flags: (0.5, {"a": 0.5}))
+    bench = Bench(
+        CompareOptions(
+            output_dir=str(tmp_path), dataset="us-{fold}", folds=2, methods="lora", seeds=2, rate_factors="1"
+        )
+    )
+    bench.run()
+    (bench.folder_of(bench.done_seeds("lora")[1][-1]) / "metrics.json").unlink()
+    assert list(bench.done_seeds("lora")) == [0]
+
+
+def test_ctrl_c_lets_the_run_save_its_state_and_starts_no_other(options, tmp_path):
+    command = [sys.executable, compare.__file__, "--methods", "s-sam", "--rate_factors", "1", "--steps", "10000"]
+    command += [part for name, value in options.items() if name != "steps" for part in (f"--{name}", str(value))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    cell = tmp_path / "bench" / "s-sam" / "fold-1" / "rate-0.005" / "seed-0"
+    while not (cell / "checkpoint").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode and "Stopped; the same command goes on from here." in error
+    assert "repeat the command with --resume" in (cell / "log.txt").read_text()
+    assert not cell.with_name("seed-1").exists()
+
+
+def test_what_a_run_said_last():
+    assert last_line("10%\r20%\rTraceback\nerror: no\n\n") == "error: no"
+    assert last_line("") == ""
