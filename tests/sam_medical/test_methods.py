@@ -261,13 +261,16 @@ def check_gradients(name, task):
     assert trained(model) == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_decay_touches_the_text_affine_matrix_alone(task):
+def test_decay_touches_the_text_affine_matrix_alone_and_a_and_b_have_a_rate_of_their_own(task):
     model, _ = build_model(task("s-sam"), TEXT)
-    groups = parameter_groups(model, weight_decay=0.1)
+    groups = parameter_groups(model, weight_decay=0.1, learning_rate=0.01, value_rate=5)
     decaying = [parameter.shape for group in groups if group["weight_decay"] for parameter in group["params"]]
     assert decaying == [(256, 10)]
     grouped = sum(parameter.numel() for group in groups for parameter in group["params"])
     assert grouped == count_trainable(model)
+    (values,) = (group["params"] for group in groups if group["lr"] == 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {id(value) for value in values} == {key for key, name in names.items() if "svd_scale_shift_" in name}
 
 
 def test_the_statistics_of_batch_norms_are_kept():

@@ -27,6 +27,8 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.txt"
 SCORES_FILE = "scores.csv"
+# What may differ from run to run in one comparison.
+OPTIONS_OF_A_RUN = {"method", "seed", "learning_rate", *FREE_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ class Bench:
         for fold in self.folds:
             for split in ("train", "validation", "test"):
                 open_dataset(self.dataset_of(fold), options.data_root, split, options.labels)
-        for path in self.folder.rglob(METRICS_FILE):
-            self._check_same_options(path)
+        self._check_finished_runs()
 
     def run(self) -> None:
         """Runs every cell that is not done, first those by which the learning rates are chosen."""
@@ -78,7 +79,7 @@ class Bench:
                 best = max(done, key=lambda cell: self.metrics(cell)["validation"]["best_dice"])
                 self.rates[pair] = best.learning_rate
         self._run_all(Cell(*pair, seed, rate) for pair, rate in self.rates.items() for seed in self._seeds_of(pair[0]))
-        self._check_same_weights_and_images()
+        self._check_finished_runs()
 
     def done_seeds(self, method: str) -> dict[int, list[Cell]]:
         """Of the seeds that are done on all folds, the cells at the chosen learning rates."""
@@ -174,35 +175,28 @@ class Bench:
                 flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return flags
 
-    def _check_same_options(self, path: Path) -> None:
-        """Raises a `UserError` if a finished run in the folder was made with other options."""
-        done = json.loads(path.read_text())["options"]
-        fold = int(path.parent.parent.parent.name.removeprefix("fold-"))
-        wanted = {**asdict(self.options), "dataset": self.dataset_of(fold)}
-        own = {"method", "seed", "learning_rate", *FREE_OPTIONS}
-        for name in (done.keys() & wanted.keys()) - own:
-            if done[name] != wanted[name]:
-                raise UserError(
-                    f"{path.parent} was run with {name} {done[name]!r}, and now it is {wanted[name]!r}; give another "
-                    "--output-dir."
-                )
-
-    def _check_same_weights_and_images(self) -> None:
-        """Raises a `UserError` if the runs of a fold are not of the same pretrained weights and images."""
-        seen: dict[tuple[str, int], tuple[Any, Cell]] = {}
-        for (method, fold), rate in self.rates.items():
-            for cell in (Cell(method, fold, seed, rate) for seed in self._seeds_of(method)):
-                if not self.is_done(cell):
-                    continue
-                metrics = self.metrics(cell)
-                facts = {"images": metrics["data"], "weights": metrics["weights"] or None}
-                for name, value in facts.items():
-                    first, other = seen.setdefault((name, fold), (value, cell))
-                    if value is not None and first != value:
-                        raise UserError(
-                            f"{cell.name} is not of the same {name} as {other.name}; remove the one that is wrong, or "
-                            "give another --output-dir."
-                        )
+    def _check_finished_runs(self) -> None:
+        """Raises a `UserError` if a finished run in the folder was made with other options, weights or images."""
+        first_of: dict[tuple[str, str], tuple[Any, Path]] = {}
+        for path in sorted(self.folder.rglob(METRICS_FILE)):
+            folder = path.parent
+            metrics, fold = json.loads(path.read_text()), folder.parts[-3]
+            wanted = {**asdict(self.options), "dataset": self.dataset_of(int(fold.removeprefix("fold-")))}
+            done = metrics["options"]
+            for name in (done.keys() & wanted.keys()) - OPTIONS_OF_A_RUN:
+                if done[name] != wanted[name]:
+                    raise UserError(
+                        f"{folder} was run with {name} {done[name]!r}, and now it is {wanted[name]!r}; give another "
+                        "--output-dir."
+                    )
+            facts = {("images", fold): metrics["data"], ("weights", ""): metrics["weights"]}
+            for key, value in facts.items():
+                first, other = first_of.setdefault(key, (value, folder)) if value else (value, folder)
+                if first != value:
+                    raise UserError(
+                        f"{folder} is not of the same {key[0]} as {other}; remove the one that is wrong, or give "
+                        "another --output-dir."
+                    )
 
 
 def last_line(text: str) -> str:

@@ -51,6 +51,7 @@ class TrainOptions:
     batch_size: int = option(4, "Images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches that make one update.")
     learning_rate: float | None = option(None, "Peak learning rate; by default the method's, 5e-3 for S-SAM.")
+    value_rate: float = option(5.0, "Learning rate of A and B, as a multiple of the others'.")
     warmup_steps: int = option(20, "Updates over which the learning rate rises, before it falls along a cosine.")
     weight_decay: float = option(
         0.01, "AdamW's decay of matrices that learn: of S-SAM, the text affine layer's alone."
@@ -82,6 +83,7 @@ class TrainOptions:
             require(self, name, getattr(self, name) >= 0, "must not be negative")
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
+        require(self, "value_rate", self.value_rate > 0, "must be above 0")
         require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
         known = ", ".join(AUGMENTATIONS)
         require(self, "augmentation", self.augmentation in AUGMENTATIONS, f"must be one of {known}")

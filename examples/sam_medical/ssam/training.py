@@ -80,7 +80,9 @@ def train(
         checkpoint_blocks(tuned_model)
     if options.compile:
         tuned_model.compile()
-    optimizer = AdamW(parameter_groups(tuned_model, options.weight_decay), lr=options.peak_learning_rate)
+    optimizer = AdamW(
+        parameter_groups(tuned_model, options.weight_decay, options.peak_learning_rate, options.value_rate)
+    )
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
     loss_function = build_loss(method.loss, options.focal_weight)
     model, optimizer, validation_loader = accelerator.prepare(tuned_model, optimizer, validation_loader)
@@ -129,7 +131,7 @@ def train(
             scheduler.step()
             progress.add_step(sum(losses_of_step) / len(losses_of_step))
             losses_of_step.clear()
-            accelerator.log({"loss": progress.losses[-1], "rate": scheduler.get_last_lr()[0]}, step=progress.step)
+            accelerator.log({"loss": progress.losses[-1], "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
             bar.update()
             bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", best_dice=f"{progress.best_dice:.3f}")
 

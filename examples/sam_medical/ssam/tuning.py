@@ -51,11 +51,20 @@ def tune(model: nn.Module, method: Method, labels: int, target_modules: str) -> 
     return model
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, learning_rate: float, value_rate: float
+) -> list[dict[str, Any]]:
     """The trainable parameters for an optimizer.
 
     Only matrices decay: decay pulls A and norms towards zero, which is not the identity, and positions and embeddings
-    mean something where they are.
+    mean something where they are. A and B have a rate of their own: their gradients change sign from batch to batch,
+    so that at the others' rate Adam leaves most singular values within a few per cent of where they were.
+
+    Args:
+        model: What is trained.
+        weight_decay: Of matrices.
+        learning_rate: Of all but A and B.
+        value_rate: That of A and B, as a multiple.
     """
     kept_as_they_are = (*POSITION_TYPES, nn.Embedding)
     positions = {
@@ -64,13 +73,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, kept_as_they_are) or name.startswith(("rel_pos", "position_embeddings"))
     }
+    values: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            is_value = "svd_scale_shift_" in name
             decays = parameter.ndim >= 2 and id(parameter) not in positions
-            (decaying if decays else others).append(parameter)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            (values if is_value else decaying if decays else others).append(parameter)
+    groups = [
+        {"params": values, "weight_decay": 0.0, "lr": value_rate * learning_rate},
+        {"params": decaying, "weight_decay": weight_decay, "lr": learning_rate},
+        {"params": others, "weight_decay": 0.0, "lr": learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def count_trainable(model: nn.Module) -> int:
