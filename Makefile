@@ -1,7 +1,7 @@
 # make demo   trains the example on a brain MRI, from nothing: environment, packages, weights, training
 # make test   runs the tests
 # make conformance  runs PEFT's own tests against the method; PEFT=0.21.0 takes those of another version
-# make bench  measures time and memory beside LoRA and others: a short run of all benchmarks (15 minutes)
+# make bench  measures time and memory beside LoRA and others: a short run of all benchmarks (11 minutes)
 # make lint   checks style and types
 # make clean  removes the environment and what runs have left
 
