@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from harness import Claim, claims_table, markdown_table, parse_options, results_folder
+from harness import Claim, Options, claims_table, markdown_table, parse_options, results_folder
 
 HERE = Path(__file__).parent
 SCRIPTS = [
@@ -38,7 +39,17 @@ def run_script(script: str, options: list[str]) -> bool:
     return subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options]).returncode == 0
 
 
-def report(results: list[dict[str, Any]], options: list[str], folder: Path) -> str:
+def command_of(result: dict[str, Any]) -> str:
+    """The command that made a result, by the options that it was saved with."""
+    flags = []
+    for option in fields(Options):
+        value = result["options"][option.name]
+        if value != option.default:
+            flags += [f"--{option.name}", *([] if value is True else [str(value)])]
+    return " ".join(["python", f"benchmarks/{result['name']}.py", *flags])
+
+
+def report(results: list[dict[str, Any]], folder: Path) -> str:
     """All results as Markdown, each under the command that made it."""
     claims = [Claim(**claim) for result in results for claim in result["claims"]]
     parts = [
@@ -49,7 +60,7 @@ def report(results: list[dict[str, Any]], options: list[str], folder: Path) -> s
     for result in results:
         parts += [
             f"## {result['name']}",
-            f"    python benchmarks/{' '.join([result['name'] + '.py', *options])}",
+            f"    {command_of(result)}",
             result["machine"],
         ]
         for table in result["tables"]:
@@ -79,7 +90,7 @@ def main() -> None:
             failed.append(script)
     results = [result for result in found_results(folder) if result["name"] not in failed]
     if results:
-        (folder / "README.md").write_text(report(results, options, folder))
+        (folder / "README.md").write_text(report(results, folder))
         claims = [Claim(**claim) for result in results for claim in result["claims"]]
         print(f"\n## All measures\n\n{claims_table(claims)}\n\n{folder / 'README.md'}")
     if failed:

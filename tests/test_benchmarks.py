@@ -79,4 +79,5 @@ def test_a_script_leaves_its_result_and_all_results_make_a_report(tmp_path, monk
     assert all(
         error < 1e-4 for form, error in result["data"]["errors"]["wide"].items() if form != "held on both sides"
     )
-    assert "| wide |" in bench.report([result], ["--quick"], path.parent)
+    report = bench.report([result], path.parent)
+    assert "| wide |" in report and "    python benchmarks/precision.py --quick\n" in report

@@ -3,7 +3,7 @@
     python examples/sam_medical/evaluate.py --adapter runs/demo/adapter --split test --output metrics.json
 
 The scores are computed in full precision, as train.py's are, whatever the adapter was trained in. With --against it
-tests the difference from another method's scores, image by image:
+tests the difference from another method's scores, case by case:
 
     python examples/sam_medical/evaluate.py --adapter runs/glas/adapter --data-root DATA --against runs/lora/scores.csv
 """
