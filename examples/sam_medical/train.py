@@ -26,7 +26,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ssam.adapter import Task, build_model, load_adapter, needs_text
+from ssam.adapter import Task, build_model, load_adapter
 from ssam.data import SegmentationDataset, open_dataset
 from ssam.data.loading import evaluation_loader, spread
 from ssam.errors import UserError, one_line_errors
@@ -69,7 +69,7 @@ def main() -> None:
         method=options.method,
         target_modules=options.target_modules,
     )
-    uses_text = needs_text(METHODS[task.method])
+    uses_text = METHODS[task.method].needs_text
     text_embeddings = encode_labels(task.text_encoder, task.labels) if uses_text else None
     model, task = build_model(task, text_embeddings)
 

@@ -97,10 +97,6 @@ def build_prompts(method: Method, backbone: Backbone, labels: int, text_embeddin
     return {"none": NoPrompts, "box": BoxPrompts}[method.prompts]()
 
 
-def needs_text(method: Method) -> bool:
-    return method.is_sam and method.prompts == "text"
-
-
 def digest_of(backbone: Backbone) -> str:
     """Sixteen hexadecimal digits that stand for the pretrained weights.
 
@@ -131,14 +127,14 @@ def model_card(task: Task) -> str:
     """What the folder holds, for a person who finds it."""
     method = METHODS[task.method]
     labels = ", ".join(task.labels)
-    by = ", by the names alone" if needs_text(method) else ""
+    by = ", by the names alone" if method.needs_text else ""
     facts = [f"- Method: {method.source}" + (f"; {method.departs}" if method.departs else "")]
     if method.is_sam:
         facts.append(
             f"- Base model: `{task.backbone}` at {task.image_size} pixels, weights with digest "
             f"`{task.backbone_digest}`"
         )
-    if needs_text(method):
+    if method.needs_text:
         facts.append(f"- Text encoder: `{task.text_encoder}`; its embeddings of the labels are in `{TEXT_FILE}`")
     lines = [
         "---",
@@ -177,7 +173,7 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
     """
     task = read_task(folder)
     method = METHODS[task.method]
-    text = _read_tensors(folder / TEXT_FILE) if needs_text(method) else {}
+    text = _read_tensors(folder / TEXT_FILE) if method.needs_text else {}
     weights_file = folder / weights_file_of(task)
     weights = _read_tensors(weights_file)
     model, target_modules, task = _build_untuned(
@@ -221,7 +217,7 @@ def read_task(folder: Path) -> Task:
         raise UserError(f"{path} has the unknown method {task.method!r}; the methods are {', '.join(METHODS)}.")
     needed = [weights_file_of(task)]
     needed += ["adapter_config.json"] if METHODS[task.method].adapter else []
-    needed += [TEXT_FILE] if needs_text(METHODS[task.method]) else []
+    needed += [TEXT_FILE] if METHODS[task.method].needs_text else []
     for name in needed:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")

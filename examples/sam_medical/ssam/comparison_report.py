@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from ssam.adapter import load_adapter
@@ -18,11 +18,16 @@ from ssam.evaluation import predict_masks
 from ssam.files import replacing_file, write_text
 from ssam.methods import METHODS
 from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
-from ssam.report import draw_grid, format_difference, format_interval, markdown_table
+from ssam.report import (
+    COLUMNS_BESIDE_DICE,
+    cells_beside_dice,
+    draw_grid,
+    format_difference,
+    format_interval,
+    markdown_table,
+    save_figure,
+)
 from ssam.statistics import Comparison, compare, dice_by_case, holm, interval
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COLUMNS = (
     "method",
@@ -31,12 +36,7 @@ COLUMNS = (
     "Dice",
     "least - most of seeds",
     "95 % interval",
-    "present",
-    "pooled",
-    "IoU",
-    "HD95",
-    "surface Dice",
-    "false alarms",
+    *COLUMNS_BESIDE_DICE,
     "Dice less the first's",
     "p (Holm)",
     "learning rate",
@@ -54,7 +54,8 @@ class Row:
         cells: Its finished runs.
         dice_of_seeds: The paper's average, of each seed over all folds.
         scores: Of every run, image and label.
-        labels: The average of each label's scores, over seeds.
+        labels: The average of all labels' scores, over seeds.
+        by_label: Each label's Dice, over seeds.
         trained: How many values learn.
         seconds, memory: Medians over runs; bytes.
     """
@@ -123,18 +124,15 @@ def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
 
 
 def _cells(row: Row, comparison: Comparison | None) -> list[str]:
-    method, labels = METHODS[row.method], row.labels
-    others = [labels.dice_present, labels.dice_pooled, labels.iou, labels.hausdorff95, labels.surface_dice]
-    formats = (".3f", ".3f", ".3f", ".1f", ".3f")
+    method = METHODS[row.method]
     return [
         method.title,
-        method.prompts if method.is_sam and method.needs_expert else "",
+        method.prompts if method.needs_expert else "",
         f"{row.trained if method.learns else 0:,}",
         f"{row.dice:.3f}",
         f"{min(row.dice_of_seeds):.3f} - {max(row.dice_of_seeds):.3f} ({len(row.dice_of_seeds)})",
         format_interval(interval([*dice_by_case(row.scores).values()])),
-        *("-" if value is None else f"{value:{form}}" for value, form in zip(others, formats, strict=True)),
-        "-" if labels.false_alarms is None else f"{100 * labels.false_alarms:.0f} %",
+        *cells_beside_dice(row.labels, ".3f"),
         "" if comparison is None else format_difference(comparison),
         "" if comparison is None else f"{comparison.p_value:.2g}",
         ", ".join(dict.fromkeys(f"{cell.learning_rate:g}" for cell in row.cells)) if method.learns else "",
@@ -207,7 +205,7 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("symlog", linthresh=1e4)
     axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
@@ -222,7 +220,7 @@ def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel="step", ylabel="Dice on the validation images, mean of all runs")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    _save(figure, path)
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
@@ -239,9 +237,3 @@ def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
         loader = evaluation_loader(samples, task.image_size, batch_size=1)
         columns[METHODS[row.method].title] = [masks for _, masks in predict_masks(model, loader)]
     draw_grid(samples, columns, list(dataset.labels), path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with replacing_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)

@@ -55,6 +55,10 @@ class Method:
         return self.network is None
 
     @property
+    def needs_text(self) -> bool:
+        return self.is_sam and self.prompts == "text"
+
+    @property
     def needs_expert(self) -> bool:
         """Whether somebody must point at what is to be segmented, in every image."""
         return self.prompts in ("point", "box")
@@ -66,7 +70,7 @@ class Method:
     @property
     def is_random(self) -> bool:
         """Whether a seed makes a difference: also to text prompts that do not learn, whose layer is random."""
-        return self.learns or self.prompts == "text"
+        return self.learns or self.needs_text
 
     @property
     def takes_target_modules(self) -> bool:

@@ -20,20 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 SMOOTHING = 0.9
-
-
-COLUMNS = (
-    "label",
-    "Dice",
-    "95 % interval",
-    "present",
-    "pooled",
-    "IoU",
-    "HD95",
-    "surface Dice",
-    "false alarms",
-    "images with it",
-)
+COLUMNS_BESIDE_DICE = ("present", "pooled", "IoU", "HD95", "surface Dice", "false alarms")
+COLUMNS = ("label", "Dice", "95 % interval", *COLUMNS_BESIDE_DICE, "images with it")
 
 
 def score_table(
@@ -56,11 +44,15 @@ def score_table(
 
 
 def _cells(dice: float, dice_of_cases: Mapping[str, float], score: LabelScores) -> list[str]:
-    others = [score.dice_present, score.dice_pooled, score.iou, score.hausdorff95, score.surface_dice]
-    formats = (".4f", ".4f", ".4f", ".1f", ".4f")
-    cells = ["-" if value is None else f"{value:{form}}" for value, form in zip(others, formats, strict=True)]
-    alarms = "-" if score.false_alarms is None else f"{100 * score.false_alarms:.0f} %"
-    return [f"{dice:.4f}", format_interval(interval([*dice_of_cases.values()])), *cells, alarms]
+    return [f"{dice:.4f}", format_interval(interval([*dice_of_cases.values()])), *cells_beside_dice(score, ".4f")]
+
+
+def cells_beside_dice(score: LabelScores, form: str) -> list[str]:
+    """The cells under `COLUMNS_BESIDE_DICE`, shares in that format."""
+    values = [score.dice_present, score.dice_pooled, score.iou, score.hausdorff95, score.surface_dice]
+    forms = [form, form, form, ".1f", form]
+    cells = ["-" if value is None else f"{value:{form}}" for value, form in zip(values, forms, strict=True)]
+    return [*cells, "-" if score.false_alarms is None else f"{100 * score.false_alarms:.0f} %"]
 
 
 def format_interval(bounds: tuple[float, float] | None) -> str:
@@ -114,16 +106,13 @@ def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]
     dice_axes.plot(*zip(*validations, strict=True), color="tab:green", marker="o")
     dice_axes.set(xlabel="step", ylabel="validation Dice", ylim=(0, 1))
     dice_axes.grid(axis="y", alpha=0.3)
-    with replacing_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def draw_overlays(predictions: Iterable[tuple[Sample, np.ndarray]], labels: Sequence[str], folder: Path) -> None:
     """One PNG a sample, by its name: the image, its true masks and the predicted ones."""
     for sample, predicted in predictions:
-        with replacing_file(folder / f"{sample.name}.png") as temporary:
-            _draw_overlay(sample, predicted, labels, temporary)
+        _draw_overlay(sample, predicted, labels, folder / f"{sample.name}.png")
 
 
 def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Sequence[str]]], path: Path) -> None:
@@ -146,9 +135,7 @@ def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Se
                 _paint(panel, mask, colour)
     labels = next(iter(samples_of_split.values()))[1]
     _add_legend(figure, labels)
-    with replacing_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def draw_grid(
@@ -172,8 +159,12 @@ def draw_grid(
             for mask, colour in zip(masks[row], _colours(labels), strict=True):
                 _paint(panel, mask, colour)
     _add_legend(figure, labels)
+    save_figure(figure, path, dpi=100)
+
+
+def save_figure(figure: plt.Figure, path: Path, dpi: int) -> None:
     with replacing_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=dpi)
     plt.close(figure)
 
 
@@ -194,8 +185,7 @@ def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], 
         for mask, colour in zip(masks, colours, strict=True):
             _paint(panel, mask, colour)
     _add_legend(figure, labels)
-    figure.savefig(path, format="png", dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def _colours(labels: Sequence[str]) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -28,7 +30,7 @@ from ssam.errors import UserError
 from ssam.evaluation import evaluate
 from ssam.files import replacing_folder
 from ssam.losses import build_loss
-from ssam.methods import METHODS
+from ssam.methods import METHODS, Method
 from ssam.metrics import mean_dice, score_labels
 from ssam.networks import has_batch_norm
 from ssam.options import TrainOptions
@@ -49,33 +51,108 @@ def train(
 
     A model in which nothing learns is validated and kept as it is.
     """
-    output = Path(options.output_dir)
     method = METHODS[task.method]
-    if has_batch_norm(tuned_model) and options.batch_size < 2:
-        raise UserError(f"{method.title} normalises over the batch: give a batch_size of at least 2.")
-    if has_batch_norm(tuned_model) and accelerator.num_processes > 1:
-        raise UserError(f"{method.title} keeps statistics of its batches, each process its own: train it in one.")
-    validation_loader = evaluation_loader(
-        splits["validation"], options.image_size, options.batch_size, options.num_workers
-    )
+    if has_batch_norm(tuned_model):
+        _check_batches(method, options, accelerator.num_processes)
     progress = Progress()
+    validation = Validation(accelerator, splits["validation"], text_embeddings, task, options)
+    if method.learns:
+        _train_steps(accelerator, tuned_model, splits["train"], validation, progress, task, options, started)
+    else:
+        progress.step = options.steps
+        validation.run(tuned_model.to(accelerator.device), progress)
+        progress.seconds = time.monotonic() - started
+    return progress
 
-    def validate(model: nn.Module) -> None:
-        """Scores the validation images, and keeps the adapter if it is the best so far."""
-        scores = evaluate(accelerator, model, validation_loader, task.labels, "validation")
-        dice = mean_dice(score_labels(scores, task.labels))
+
+class Validation:
+    """Scores the validation images, and keeps the adapter whenever it is the best so far."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: SegmentationDataset,
+        text_embeddings: Tensor | None,
+        task: Task,
+        options: TrainOptions,
+    ) -> None:
+        loader = evaluation_loader(dataset, options.image_size, options.batch_size, options.num_workers)
+        self._loader = accelerator.prepare(loader)
+        self._accelerator = accelerator
+        self._text_embeddings = text_embeddings
+        self._task = task
+        self._folder = Path(options.output_dir) / "adapter"
+
+    def run(self, model: nn.Module, progress: Progress) -> None:
+        accelerator, labels = self._accelerator, self._task.labels
+        scores = evaluate(accelerator, model, self._loader, labels, "validation")
+        dice = mean_dice(score_labels(scores, labels))
         accelerator.log({"validation Dice": dice}, step=progress.step)
         if progress.add_validation(dice) and accelerator.is_main_process:
-            with replacing_folder(output / "adapter") as folder:
-                save_adapter(accelerator.unwrap_model(model), text_embeddings, task, folder)
+            with replacing_folder(self._folder) as folder:
+                save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
 
-    if not method.learns:
-        validation_loader = accelerator.prepare(validation_loader)
-        progress.step = options.steps
-        validate(tuned_model.to(accelerator.device))
-        progress.seconds = time.monotonic() - started
-        return progress
 
+def _check_batches(method: Method, options: TrainOptions, processes: int) -> None:
+    if options.batch_size < 2:
+        raise UserError(f"{method.title} normalises over the batch: give a batch_size of at least 2.")
+    if processes > 1:
+        raise UserError(f"{method.title} keeps statistics of its batches, each process its own: train it in one.")
+
+
+def _train_steps(
+    accelerator: Accelerator,
+    tuned_model: nn.Module,
+    dataset: SegmentationDataset,
+    validation: Validation,
+    progress: Progress,
+    task: Task,
+    options: TrainOptions,
+    started: float,
+) -> None:
+    """Goes on where the output folder's checkpoint is, and leaves one after each validation and at Ctrl-C."""
+    method, checkpoint = METHODS[task.method], Path(options.output_dir) / "checkpoint"
+    model, optimizer, scheduler = _prepare(accelerator, tuned_model, options)
+    accelerator.register_for_checkpointing(progress, scheduler)
+    save_adapter_only(accelerator)
+    run = description_of_run(options, task, accelerator.num_processes)
+    if checkpoint.exists():
+        check_same_run(checkpoint, run)
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
+    started -= progress.seconds
+    loader = _rest_of_images(accelerator, dataset, options, progress.step)
+    start_tracking(accelerator, options)
+
+    accelerator.print(
+        f"{method.title}: training {count_trainable(tuned_model):,} values on {len(dataset)} images of "
+        f"{options.dataset} for {', '.join(task.labels)}, on {accelerator.device}."
+    )
+    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    loss_function = build_loss(method.loss, options.focal_weight)
+    with Interruption() as interruption, bar:
+        for loss in _losses(accelerator, model, optimizer, scheduler, loader, loss_function):
+            progress.add_step(loss)
+            accelerator.log({"loss": loss, "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", best_dice=f"{progress.best_dice:.3f}")
+
+            is_time_to_validate = progress.step % options.validate_every == 0 or progress.step == options.steps
+            if is_time_to_validate:
+                validation.run(model, progress)
+            if interruption.requested:
+                accelerator.set_trigger()
+            is_interrupted = accelerator.check_trigger()
+            if is_time_to_validate or is_interrupted:
+                progress.seconds = time.monotonic() - started
+                save_state(accelerator, checkpoint, run)
+            if is_interrupted:
+                break
+
+
+def _prepare(
+    accelerator: Accelerator, tuned_model: nn.Module, options: TrainOptions
+) -> tuple[nn.Module, Optimizer, LRScheduler]:
     if options.gradient_checkpointing:
         checkpoint_blocks(tuned_model)
     if options.compile:
@@ -84,66 +161,46 @@ def train(
         parameter_groups(tuned_model, options.weight_decay, options.peak_learning_rate, options.value_rate)
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
-    loss_function = build_loss(method.loss, options.focal_weight)
-    model, optimizer, validation_loader = accelerator.prepare(tuned_model, optimizer, validation_loader)
+    return *accelerator.prepare(tuned_model, optimizer), scheduler
 
-    accelerator.register_for_checkpointing(progress, scheduler)
-    save_adapter_only(accelerator)
-    run = description_of_run(options, task, accelerator.num_processes)
-    if (output / "checkpoint").exists():
-        check_same_run(output / "checkpoint", run)
-        accelerator.load_state(str(output / "checkpoint"))
-        accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
+
+def _rest_of_images(
+    accelerator: Accelerator, dataset: SegmentationDataset, options: TrainOptions, step: int
+) -> DataLoader:
+    """The images of the steps that are left."""
     images_a_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-    seconds_before = progress.seconds
-    train_loader = accelerator.prepare(
-        training_loader(
-            splits["train"],
-            options.image_size,
-            options.batch_size,
-            options.augmentation,
-            options.seed,
-            first=progress.step * images_a_step,
-            last=options.steps * images_a_step,
-            num_workers=options.num_workers,
-        )
+    loader = training_loader(
+        dataset,
+        options.image_size,
+        options.batch_size,
+        options.augmentation,
+        options.seed,
+        first=step * images_a_step,
+        last=options.steps * images_a_step,
+        num_workers=options.num_workers,
     )
-    start_tracking(accelerator, options)
+    return accelerator.prepare(loader)
 
-    accelerator.print(
-        f"{method.title}: training {count_trainable(tuned_model):,} values on {len(splits['train'])} images of "
-        f"{options.dataset} for {', '.join(task.labels)}, on {accelerator.device}."
-    )
-    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    with Interruption() as interruption, bar:
-        losses_of_step = []
-        for batch in train_loader:
-            model.train()
-            with accelerator.accumulate(model):
-                loss = loss_function(model(batch["images"], batch["masks"]), batch["masks"])
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses_of_step.append(accelerator.reduce(loss.detach(), reduction="mean").item())
-            if not accelerator.sync_gradients:
-                continue
 
+def _losses(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    loader: Iterable[Mapping[str, Tensor]],
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[float]:
+    """Takes the optimizer's steps one by one, and yields each one's loss, the mean over batches and processes."""
+    losses = []
+    for batch in loader:
+        model.train()
+        with accelerator.accumulate(model):
+            loss = loss_function(model(batch["images"], batch["masks"]), batch["masks"])
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+        if accelerator.sync_gradients:
             scheduler.step()
-            progress.add_step(sum(losses_of_step) / len(losses_of_step))
-            losses_of_step.clear()
-            accelerator.log({"loss": progress.losses[-1], "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
-            bar.update()
-            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", best_dice=f"{progress.best_dice:.3f}")
-
-            is_time_to_validate = progress.step % options.validate_every == 0 or progress.step == options.steps
-            if is_time_to_validate:
-                validate(model)
-            if interruption.requested:
-                accelerator.set_trigger()
-            is_interrupted = accelerator.check_trigger()
-            if is_time_to_validate or is_interrupted:
-                progress.seconds = seconds_before + time.monotonic() - started
-                save_state(accelerator, output / "checkpoint", run)
-            if is_interrupted:
-                break
-    return progress
+            yield sum(losses) / len(losses)
+            losses.clear()
