@@ -120,7 +120,7 @@ def _train_steps(
         check_same_run(checkpoint, run)
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
-    started -= progress.seconds
+    started -= progress.seconds  # as if it had never been interrupted
     loader = _rest_of_images(accelerator, dataset, options, progress.step)
     start_tracking(accelerator, options)
 
