@@ -9,6 +9,7 @@ from ssam.data import Sample
 from ssam.errors import UserError
 from ssam.losses import FocalDiceLoss, build_loss
 from ssam.metrics import (
+    CRITERIA,
     TOLERANCE,
     MaskScore,
     mean_dice,
@@ -73,15 +74,41 @@ def test_a_blank_image_counts_one_or_nothing(predicted_pixels, dice):
     assert (score.dice, score.dice_present) == (dice, None)
 
 
-def test_loss_is_focal_and_dice_of_each_image_and_label():
+def test_an_adapter_that_predicts_nothing_is_the_best_by_the_papers_dice_alone():
+    """Four images, one of which shows a tumor: one adapter finds it whole and draws a pixel too many elsewhere."""
+    true = np.zeros((4, 1, 4, 4), dtype=bool)
+    true[0, 0, :2] = True
+    finds_it, nothing = true.copy(), np.zeros_like(true)
+    finds_it[1:, 0, 3, 3] = True
+
+    def judged(criterion, predicted):
+        masks = [score for t, p in zip(true, predicted, strict=True) for score in score_masks(sample(t), ["tumor"], p)]
+        return CRITERIA[criterion](score_labels(masks, ["tumor"]))
+
+    assert (judged("dice", finds_it), judged("dice", nothing)) == (0.25, 0.75)
+    assert (judged("pooled", finds_it), judged("pooled", nothing)) == (pytest.approx(16 / 19), 0)
+
+
+def test_labels_that_are_nowhere_do_not_choose_an_adapter():
+    true = np.zeros((2, 4, 4), dtype=bool)
+    true[0, :2] = True
+    labels = ["liver", "tumor"]
+    scores = score_labels(score_masks(sample(true), labels, np.ones_like(true)), labels)
+    assert CRITERIA["pooled"](scores) == pytest.approx(16 / 24)
+
+
+def test_loss_is_focal_of_every_mask_and_dice_of_those_that_are_not_blank():
     logits, masks = torch.randn(2, 3, 6, 6) * 3, (torch.rand(2, 3, 6, 6) < 0.4).float()
     masks[0, 1] = 0
     probability = logits.sigmoid()
     correct = torch.where(masks > 0, probability, 1 - probability)
     focal = (-((1 - correct) ** 2) * correct.log()).mean()
     overlap, total = (probability * masks).sum((2, 3)), (probability + masks).sum((2, 3))
-    dice = (1 - (2 * overlap + 1) / (total + 1)).mean()
-    torch.testing.assert_close(FocalDiceLoss(focal_weight=20)(logits, masks), 20 * focal + dice, rtol=1e-5, atol=0)
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    dice[0, 1] = 0
+    torch.testing.assert_close(
+        FocalDiceLoss(focal_weight=20)(logits, masks), 20 * focal + dice.mean(), rtol=1e-5, atol=0
+    )
 
 
 def outline(mask):

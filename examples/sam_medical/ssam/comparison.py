@@ -21,7 +21,7 @@ from ssam.data import open_dataset
 from ssam.errors import UserError
 from ssam.methods import METHODS
 from ssam.metrics import MaskScore, read_scores
-from ssam.options import CompareOptions, TrainOptions
+from ssam.options import CompareOptions, TrainOptions, flags_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 METRICS_FILE = "metrics.json"
@@ -169,11 +169,7 @@ class Bench:
             "output_dir": str(self.folder_of(cell)),
             "resume": True,
         }
-        flags: list[str] = []
-        for name, value in values.items():
-            if value is not None:
-                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return flags
+        return flags_of(values)
 
     def _check_finished_runs(self) -> None:
         """Raises a `UserError` if a finished run in the folder was made with other options, weights or images."""

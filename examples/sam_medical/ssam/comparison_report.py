@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from adjustText import adjust_text
 
 from ssam.adapter import load_adapter
 from ssam.comparison import Bench, Cell
@@ -18,6 +20,7 @@ from ssam.evaluation import predict_masks
 from ssam.files import replacing_file, write_text
 from ssam.methods import METHODS
 from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
+from ssam.options import CompareOptions, changed_options, flags_of
 from ssam.report import (
     COLUMNS_BESIDE_DICE,
     cells_beside_dice,
@@ -154,6 +157,7 @@ def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> 
         f"`{options.text_encoder}`; the learning rate chosen on validation out of {options.rate_factors} times the "
         f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by "
         "validation Dice.",
+        _command(options),
         markdown_table(COLUMNS, table),
         "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds. Intervals and p "
         f"values are over {len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
@@ -168,6 +172,14 @@ def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> 
         parts += ["Dice of each label:", _label_table(rows)]
     parts += [f"Images: {splits}, of the first run. {environment}."]
     return "\n\n".join(parts) + "\n" + _failures(bench)
+
+
+def _command(options: CompareOptions) -> str:
+    """The command that makes this report elsewhere: without what is only of this machine."""
+    values = {**changed_options(options), "output_dir": None, "jobs": None}
+    if options.data_root is not None:
+        values["data_root"] = "DATA"
+    return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(values))
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:
@@ -193,6 +205,7 @@ def _failures(bench: Bench) -> str:
 def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
     """The paper's Figure 4: how much is trained, and what it brings."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    names = []
     for index, row in enumerate(rows):
         method = METHODS[row.method]
         trained = row.trained if method.learns else 0
@@ -201,10 +214,12 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
         lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
         errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them
         axes.errorbar(trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
-        axes.annotate(method.title, (trained, row.dice), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        names.append(axes.text(trained, row.dice, method.title, fontsize=8))
     axes.set_xscale("symlog", linthresh=1e4)
+    axes.margins(x=0.1)
     axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
     axes.grid(alpha=0.3)
+    adjust_text(names, ax=axes, expand=(1.2, 1.6))
     save_figure(figure, path, dpi=120)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class FocalDiceLoss(nn.Module):
     """``focal_weight`` * focal + Dice, as SAM was trained, each averaged over images and labels.
 
-    The Dice term is smoothed by one pixel, so that a blank mask rewards a blank prediction.
+    On a blank mask Dice counts 0: it would be near 1 until the last pixel's probability is gone, and drown the masks
+    that are there. The focal term alone says that there is nothing.
 
     Shape: logits and masks (B, K, S, S), masks of zeros and ones; returns a scalar.
     """
@@ -19,11 +20,13 @@ class FocalDiceLoss(nn.Module):
         super().__init__()
         self.focal_weight = focal_weight
         self.focal = FocalLoss(gamma=2.0)
-        self.dice = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0)
+        self.dice = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0, reduction="none")
 
     def forward(self, mask_logits: Tensor, masks: Tensor) -> Tensor:
         mask_logits = mask_logits.float()
-        return self.focal_weight * self.focal(mask_logits, masks) + self.dice(mask_logits, masks)
+        is_there = masks.flatten(2).any(2)
+        dice = self.dice(mask_logits, masks).flatten(1) * is_there
+        return self.focal_weight * self.focal(mask_logits, masks) + dice.mean()
 
 
 class DiceCenterlineLoss(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,16 @@ def score_labels(scores: Iterable[MaskScore], labels: Sequence[str]) -> dict[str
 def mean_dice(scores: dict[str, LabelScores]) -> float:
     """The paper's average: over labels, of Dice over all images."""
     return float(np.mean([score.dice for score in scores.values()]))
+
+
+def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
+    """The average over labels of Dice of all pixels together; of the labels that are there, if any is."""
+    present = [score for score in scores.values() if score.images_present]
+    return float(np.mean([score.dice_pooled for score in present or scores.values()]))
+
+
+# By what the best adapter is chosen on the validation images.
+CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {"pooled": mean_pooled_dice, "dice": mean_dice}
 
 
 def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:

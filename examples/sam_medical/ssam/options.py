@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from ssam.data.augmentation import AUGMENTATIONS
 from ssam.errors import UserError
 from ssam.methods import METHODS
+from ssam.metrics import CRITERIA
 
 T = TypeVar("T")
 
@@ -69,6 +70,11 @@ class TrainOptions:
     seed: int = option(0, "Of the initialisation, the order of the images and their augmentation.")
 
     validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
+    choose_by: str = option(
+        "pooled",
+        "Which Dice on validation makes an adapter the best: pooled, over each label's pixels together; or dice, the "
+        "paper's, to which predicting nothing looks good where labels are rare.",
+    )
     overlays: int = option(6, "Test images drawn with their true and predicted masks.")
     report_to: str | None = option(
         None, "A tracker that accelerate knows, such as tensorboard, beside the run's files."
@@ -85,6 +91,7 @@ class TrainOptions:
         require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
         require(self, "value_rate", self.value_rate > 0, "must be above 0")
         require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
+        require(self, "choose_by", self.choose_by in CRITERIA, f"must be one of {', '.join(CRITERIA)}")
         known = ", ".join(AUGMENTATIONS)
         require(self, "augmentation", self.augmentation in AUGMENTATIONS, f"must be one of {known}")
 
@@ -193,6 +200,21 @@ def parse_options(options_type: type[T], arguments: list[str] | None = None) -> 
     return options_type(**namespace)
 
 
+def flags_of(values: dict[str, Any]) -> list[str]:
+    """Option names and values as the command line takes them; None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """Those that are not at their defaults."""
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(type(options), name)}
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help.")
@@ -212,13 +234,8 @@ def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict
     unknown = [str(key) for key in content if key not in names]
     if unknown:
         raise UserError(f"{path} has the unknown key {unknown[0]!r}; the keys are {', '.join(names)}.")
-    flags: list[str] = []
-    for key, value in content.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *map(str, values)]
     try:
-        parsed = vars(parser.parse_args(flags))
+        parsed = vars(parser.parse_args(flags_of(content)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return {key: parsed[key] for key in content}

@@ -31,7 +31,7 @@ from ssam.evaluation import evaluate
 from ssam.files import replacing_folder
 from ssam.losses import build_loss
 from ssam.methods import METHODS, Method
-from ssam.metrics import mean_dice, score_labels
+from ssam.metrics import CRITERIA, score_labels
 from ssam.networks import has_batch_norm
 from ssam.options import TrainOptions
 from ssam.runtime import start_tracking
@@ -81,12 +81,13 @@ class Validation:
         self._accelerator = accelerator
         self._text_embeddings = text_embeddings
         self._task = task
+        self._criterion = CRITERIA[options.choose_by]
         self._folder = Path(options.output_dir) / "adapter"
 
     def run(self, model: nn.Module, progress: Progress) -> None:
         accelerator, labels = self._accelerator, self._task.labels
         scores = evaluate(accelerator, model, self._loader, labels, "validation")
-        dice = mean_dice(score_labels(scores, labels))
+        dice = self._criterion(score_labels(scores, labels))
         accelerator.log({"validation Dice": dice}, step=progress.step)
         if progress.add_validation(dice) and accelerator.is_main_process:
             with replacing_folder(self._folder) as folder:
