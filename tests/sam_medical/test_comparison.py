@@ -98,7 +98,7 @@ def fake_training(monkeypatch):
     def fake_training(dice_of, weights_of=lambda flags: "0123"):
         def call(command, **_):
             flags = dict(zip(command[2::2], command[3::2], strict=True))
-            folder = comparison.Path(flags["--output_dir"])
+            folder = comparison.Path(flags["--output-dir"])
             validation, of_images = dice_of(flags)
             scores = [MaskScore(name, "liver", round(100 * dice), 100, 100) for name, dice in of_images.items()]
             write_scores(scores, folder / "scores.csv")
@@ -122,14 +122,14 @@ def fake_training(monkeypatch):
 
 def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training, tmp_path):
     def dice_of(flags):
-        rate = float(flags["--learning_rate"])
+        rate = float(flags["--learning-rate"])
         return -abs(rate - 0.006), {"a": min(1, 10 * rate)}  # the test images like large ones
 
     trained = fake_training(dice_of)
     bench = Bench(CompareOptions(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3"))
     bench.run()
     assert bench.rates == {("s-sam", 1): 0.005}
-    assert sorted((flags["--learning_rate"], flags["--seed"]) for flags in trained) == [
+    assert sorted((flags["--learning-rate"], flags["--seed"]) for flags in trained) == [
         ("0.0015", "0"),
         ("0.005", "0"),
         ("0.005", "1"),
@@ -155,7 +155,7 @@ def test_folds_make_one_test_set(fake_training, tmp_path):
 def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_path):
     """A fold's validation images are another one's test images."""
     fake_training(
-        lambda flags: (-abs(float(flags["--learning_rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
+        lambda flags: (-abs(float(flags["--learning-rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
     )
     options = CompareOptions(
         output_dir=str(tmp_path), dataset="us-{fold}", folds=2, methods="lora", rate_factors="1,2"

@@ -86,7 +86,7 @@ def test_an_adapter_that_predicts_nothing_is_the_best_by_the_papers_dice_alone()
         return CRITERIA[criterion](score_labels(masks, ["tumor"]))
 
     assert (judged("dice", finds_it), judged("dice", nothing)) == (0.25, 0.75)
-    assert (judged("pooled", finds_it), judged("pooled", nothing)) == (pytest.approx(16 / 19), 0)
+    assert (judged("pooled-dice", finds_it), judged("pooled-dice", nothing)) == (pytest.approx(16 / 19), 0)
 
 
 def test_labels_that_are_nowhere_do_not_choose_an_adapter():
@@ -94,7 +94,7 @@ def test_labels_that_are_nowhere_do_not_choose_an_adapter():
     true[0, :2] = True
     labels = ["liver", "tumor"]
     scores = score_labels(score_masks(sample(true), labels, np.ones_like(true)), labels)
-    assert CRITERIA["pooled"](scores) == pytest.approx(16 / 24)
+    assert CRITERIA["pooled-dice"](scores) == pytest.approx(16 / 24)
 
 
 def test_loss_is_focal_of_every_mask_and_dice_of_those_that_are_not_blank():

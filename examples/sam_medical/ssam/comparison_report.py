@@ -155,12 +155,13 @@ def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> 
         f"{options.batch_size * options.gradient_accumulation_steps} images at {options.image_size} pixels, "
         f"{options.augmentation} augmentation, backbone `{options.backbone}`, text encoder "
         f"`{options.text_encoder}`; the learning rate chosen on validation out of {options.rate_factors} times the "
-        f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by "
-        "validation Dice.",
+        f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by the "
+        f"`{options.choose_by}` of the validation images.",
         _command(options),
         markdown_table(COLUMNS, table),
-        "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds. Intervals and p "
-        f"values are over {len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
+        "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds"
+        f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are over "
+        f"{len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
         "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
         "Holm's correction. HD95 in pixels of the images' own size; surface Dice within 1 % of the diagonal. Methods "
         "with hints are told, in every image, which labels are there, and where.",
@@ -180,6 +181,12 @@ def _command(options: CompareOptions) -> str:
     if options.data_root is not None:
         values["data_root"] = "DATA"
     return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(values))
+
+
+def _dice_of_blanks(scores: LabelScores) -> str:
+    """What the paper's Dice gives for nothing, where labels are absent from some images."""
+    absent = 1 - scores.images_present / scores.images
+    return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:
@@ -232,7 +239,7 @@ def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
             dice = np.mean([[value for _, value in history] for history in histories], axis=0)
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(steps, dice, style, color=f"C{index % 10}", label=METHODS[row.method].title)
-    axes.set(xlabel="step", ylabel="Dice on the validation images, mean of all runs")
+    axes.set(xlabel="step", ylabel=f"{bench.options.choose_by} of the validation images, mean of all runs")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     save_figure(figure, path, dpi=120)

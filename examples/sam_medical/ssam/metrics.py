@@ -115,7 +115,10 @@ def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
 
 
 # By what the best adapter is chosen on the validation images.
-CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {"pooled": mean_pooled_dice, "dice": mean_dice}
+CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {
+    "pooled-dice": mean_pooled_dice,
+    "dice": mean_dice,
+}
 
 
 def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:

@@ -71,8 +71,8 @@ class TrainOptions:
 
     validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
     choose_by: str = option(
-        "pooled",
-        "Which Dice on validation makes an adapter the best: pooled, over each label's pixels together; or dice, the "
+        "pooled-dice",
+        "Which Dice on validation makes an adapter the best: pooled-dice, of each label's pixels together; or dice, the "
         "paper's, to which predicting nothing looks good where labels are rare.",
     )
     overlays: int = option(6, "Test images drawn with their true and predicted masks.")
