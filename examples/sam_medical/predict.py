@@ -2,11 +2,14 @@
 
     python examples/sam_medical/predict.py --adapter runs/glas/adapter --images FOLDER --output FOLDER
 
-Writes for each image IMAGE one mask PNG (0 and 255, at the image's own size) a label: OUTPUT/LABEL/IMAGE.png.
+Writes for each image IMAGE one mask PNG (0 and 255, at the image's own size) a label: OUTPUT/LABEL/IMAGE.png; for each
+volume, NIfTI, one mask volume (0 and 1) a label: OUTPUT/LABEL/VOLUME.nii.gz.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from ssam.adapter import load_adapter, read_task
 from ssam.data.folder import ImageFolder
 from ssam.data.loading import evaluation_loader
+from ssam.data.nifti import is_volume, without_suffix, write_mask_volume
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import predict_masks
 from ssam.files import replacing_file
@@ -36,11 +40,25 @@ def main() -> None:
     model, task = load_adapter(Path(options.adapter), options.backbone)
     device = Accelerator().device
     batches = tqdm(evaluation_loader(images, task.image_size, options.batch_size), unit="batch")
-    for sample, masks in predict_masks(model.to(device), batches):
-        for label, mask in zip(task.labels, masks, strict=True):
-            with replacing_file(Path(options.output) / label / f"{sample.name}.png") as temporary:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
-    print(f"Wrote the masks of {len(images)} images for {', '.join(task.labels)} to {options.output}.")
+    predictions = predict_masks(model.to(device), batches)
+    pairs = zip(images.items, predictions, strict=True)
+    files = 0
+    for path, of_file in groupby(pairs, key=lambda pair: pair[0][0]):
+        slices = [masks for _, (_, masks) in of_file]
+        for label, masks_of_label in zip(task.labels, zip(*slices, strict=True), strict=True):
+            write_masks(path, masks_of_label, Path(options.output) / label)
+        files += 1
+    print(f"Wrote the masks of {files} files for {', '.join(task.labels)} to {options.output}.")
+
+
+def write_masks(source: Path, masks: Sequence[np.ndarray], folder: Path) -> None:
+    """The mask of a picture, or those of a volume's slices, bool (H, W), under the name of what they are of."""
+    if is_volume(source):
+        write_mask_volume(folder / f"{without_suffix(source.name)}.nii.gz", masks, source)
+        return
+    (mask,) = masks
+    with replacing_file(folder / f"{source.stem}.png") as temporary:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ GlaS, on a GPU in bfloat16, from SAM's ViT-B and CLIP:
         --image-size 256 --mixed-precision bf16 --output-dir runs/glas
 
 With --method it trains any other of the methods that S-SAM is compared with. The run leaves in the output directory:
-adapter/ (the best by validation Dice), metrics.json, scores.csv, curves.png, overlays/. After Ctrl-C it can go on:
-repeat the command with --resume.
+adapter/ (the best on validation), metrics.json, scores.csv, history.json, curves.png, overlays/. After Ctrl-C it can
+go on: repeat the command with --resume.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -27,11 +26,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ssam.adapter import Task, build_model, load_adapter
-from ssam.data import SegmentationDataset, open_dataset
+from ssam.data import SegmentationDataset, open_splits
 from ssam.data.loading import evaluation_loader, spread
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
-from ssam.files import write_json
+from ssam.files import remove, restore, write_json
 from ssam.methods import METHODS
 from ssam.metrics import MaskScore, score_labels, write_scores
 from ssam.options import TrainOptions, parse_options
@@ -48,16 +47,14 @@ def main() -> None:
     started = time.monotonic()
     options = parse_options(TrainOptions)
     output = Path(options.output_dir)
+    restore(output / "checkpoint")
     check_output(output, options)
     prepare_process()
     accelerator = make_accelerator(options)
     check_processes(accelerator)
     set_seed(options.seed)
 
-    splits = {
-        split: open_dataset(options.dataset, options.data_root, split, options.labels)
-        for split in ("train", "validation", "test")
-    }
+    splits = open_splits(options.dataset, options.data_root, options.labels)
     data = check_images(splits)
 
     task = Task(
@@ -73,7 +70,7 @@ def main() -> None:
     text_embeddings = encode_labels(task.text_encoder, task.labels) if uses_text else None
     model, task = build_model(task, text_embeddings)
 
-    progress = train(accelerator, model, text_embeddings, splits, task, options, started)
+    progress = train(accelerator, model, text_embeddings, splits, data, task, options, started)
     if progress.step < options.steps:
         accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
         end_together(accelerator)
@@ -94,14 +91,14 @@ def main() -> None:
             "environment": environment(accelerator.device),
             "processes": accelerator.num_processes,
             "options": asdict(options),
-            "history": {"losses": progress.losses, "validations": progress.validations},
+            "history": progress.history,
         }
         write_scores(masks, output / "scores.csv")
         if progress.losses:
             draw_curves(progress.losses, progress.validations, output / "curves.png")
         # Last of all, because a run that has it counts as finished.
         write_json(output / "metrics.json", metrics)
-        shutil.rmtree(output / "checkpoint", ignore_errors=True)
+        remove(output / "checkpoint")
         print(format_table(scores, masks))
         for name in ("adapter", "metrics.json", "scores.csv", "curves.png", "overlays"):
             if (output / name).exists():

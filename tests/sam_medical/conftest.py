@@ -1,9 +1,11 @@
+import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import (
     CLIPTextConfig,
@@ -79,6 +81,38 @@ def tiny_clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     CLIPTextModelWithProjection(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process, as if it were one of its own."""
+
+    def run(command, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr("sys.argv", [command.__name__, *flags])
+        command.main()
+
+    return run
+
+
+@pytest.fixture
+def from_download_to_table(run, tiny_sam_folder, tiny_clip_folder, tmp_path):
+    """Trains with a dataset's own config, in miniature, and evaluates; gives the table's rows by label."""
+    import evaluate
+    import train
+
+    def go(config, data_root):
+        few = {"image_size": 32, "steps": 2, "validate_every": 2, "warmup_steps": 1, "batch_size": 2}
+        cheap = {"gradient_accumulation_steps": 1, "num_workers": 0, "overlays": 1}
+        models = {"backbone": tiny_sam_folder, "text_encoder": tiny_clip_folder}
+        files = {"data_root": data_root, "output_dir": tmp_path / "run"}
+        run(train, config=ROOT / f"examples/sam_medical/configs/{config}.yaml", **few, **cheap, **models, **files)
+        run(evaluate, adapter=tmp_path / "run" / "adapter", data_root=data_root, csv=tmp_path / "table.csv")
+        with (tmp_path / "table.csv").open(newline="") as file:
+            return {row["label"]: row for row in csv.DictReader(file)}
+
+    return go
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,19 +20,6 @@ from ssam.checkpoint import Progress
 from ssam.metrics import read_scores
 
 STEPS = 6
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs a command in this process, as if it were one of its own."""
-
-    def run(command, **options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr("sys.argv", [command.__name__, *flags])
-        command.main()
-
-    return run
 
 
 @pytest.fixture
@@ -76,6 +63,7 @@ def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, cap
     assert sorted(path.name for path in output.iterdir()) == [
         "adapter",
         "curves.png",
+        "history.json",
         "metrics.json",
         "overlays",
         "scores.csv",
@@ -123,6 +111,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, options, tmp_pa
         run(train, **interrupted)
     with pytest.raises(SystemExit, match=r"cannot go on: its learning_rate was 0\.01 and is now 0\.5"):
         run(train, **{**interrupted, "learning_rate": 0.5}, resume=True)
+    stray = options["data_root"] / "Warwick_QU_Dataset" / "train_1_anno.bmp"
+    mask = Image.open(stray).copy()
+    Image.new("L", mask.size, 1).save(stray)
+    with pytest.raises(SystemExit, match="cannot go on: its train images was"):
+        run(train, **interrupted, resume=True)
+    mask.save(stray)
+    # Killed while a newer state took the place of the older one.
+    checkpoint = tmp_path / "interrupted" / "checkpoint"
+    checkpoint.rename(checkpoint.with_name(".old.checkpoint"))
     run(train, **interrupted, resume=True)
     assert f"Going on after step 3 of {STEPS}" in capsys.readouterr().out
 
@@ -139,6 +136,9 @@ def test_half_precision_trains_and_is_scored_in_full(run, options, tmp_path):
     arguments = {"adapter": output / "adapter", "data_root": options["data_root"], "output": tmp_path / "again.json"}
     run(evaluate, **arguments, overlays=tmp_path / "pictures")
     assert read_json(tmp_path / "again.json")["test"] == read_json(output / "metrics.json")["test"]
+    run(train, **{**options, "output_dir": tmp_path / "single"})
+    half, single = (read_json(tmp_path / name / "history.json")["losses"] for name in ("run", "single"))
+    assert half != pytest.approx(single, rel=1e-4) and half == pytest.approx(single, rel=0.1)
     assert len(list((tmp_path / "pictures").glob("testA_*.png"))) == 2
 
 
@@ -166,6 +166,7 @@ def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path)
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
         ({"backbone": tmp_path}, "holds a model of type None, and not 'sam'"),
+        ({"seed": -1}, "error: seed is -1, but it must not be negative"),
         ({"stepps": 3}, "error: unrecognized arguments: --stepps 3"),
         ({"data_root": tmp_path / "nowhere"}, "error: there is no folder"),
         ({"data_root": tmp_path}, "holds no images of the split train"),
@@ -214,6 +215,9 @@ def test_a_run_writes_its_whole_truth(run, options, tmp_path):
     assert metrics["environment"]["torch"] == torch.__version__ and metrics["environment"]["svdtune"]
     assert metrics["options"]["seed"] == 0 and metrics["options"]["method"] == "s-sam"
     assert [step for step, _ in metrics["history"]["validations"]] == [4, 6]
+    assert read_json(tmp_path / "run" / "history.json") == metrics["history"]
+    glands = [scores["glands"]["dice"] for scores in metrics["history"]["label_scores"]]
+    assert glands == [pytest.approx(dice) for _, dice in metrics["history"]["validations"]]
     assert len(metrics["history"]["losses"]) == STEPS and metrics["peak_memory_bytes"] > 1e8
     images = {split: values["images"] for split, values in metrics["data"].items()}
     assert images == {"train": 6, "validation": 1, "test": 2}
@@ -240,10 +244,29 @@ def test_a_tracker_is_told_of_every_step(run, options, tmp_path):
     assert told == [(step, dice) for step, dice in history["validations"]]
 
 
+def spy_on(option, monkeypatch):
+    """Gives a function that says whether what the option is for has been done since."""
+    if option == "compile":
+        from torch._dynamo.utils import counters
+
+        before = counters["frames"]["ok"]
+        return lambda: counters["frames"]["ok"] > before
+    calls = []
+
+    def checkpoint(*arguments, **keywords):
+        calls.append(arguments)
+        return torch.utils.checkpoint.checkpoint(*arguments, **keywords)
+
+    monkeypatch.setattr("ssam.backbones.checkpoint", checkpoint)
+    return lambda: len(calls) >= STEPS
+
+
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
-def test_options_for_memory_and_speed_do_not_change_what_is_learned(option, run, options, tmp_path):
+def test_options_for_memory_and_speed_do_not_change_what_is_learned(option, run, options, tmp_path, monkeypatch):
     run(train, **options)
+    did_it = spy_on(option, monkeypatch)
     run(train, **{**options, "output_dir": tmp_path / option}, **{option: True})
+    assert did_it()
     plain, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", option))
     for name, tensor in plain.items():
         torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
@@ -286,12 +309,14 @@ def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, c
     run(train, **options)
     run(train, **{**options, "output_dir": tmp_path / "other"}, method="zero-shot-text")
     arguments = {"adapter": tmp_path / "run" / "adapter", "data_root": options["data_root"]}
-    files = {"output": tmp_path / "metrics.json", "csv": tmp_path / "scores.csv", "markdown": tmp_path / "table.md"}
+    names = {"output": "metrics.json", "csv": "table.csv", "markdown": "table.md", "scores": "scores.csv"}
+    files = {option: tmp_path / name for option, name in names.items()}
     run(evaluate, **arguments, **files, against=tmp_path / "other" / "scores.csv")
     table, printed = files["markdown"].read_text(), capsys.readouterr().out
     dice = read_json(files["output"])["test"]["mean_dice"]
     assert f"| glands | {dice:.4f} |" in table
-    rows = [score.dice for score in read_scores(files["csv"])]
+    assert files["csv"].read_text().splitlines()[1].startswith(f"glands,{dice:.4f},")
+    rows = [score.dice for score in read_scores(files["scores"])]
     others = [score.dice for score in read_scores(tmp_path / "other" / "scores.csv")]
     assert np.mean(rows) == pytest.approx(dice)
     assert f"Dice {np.mean(rows) - np.mean(others):+.4f}" in printed and "p = " in printed
@@ -304,3 +329,31 @@ def test_a_method_that_needs_an_expert_does_not_predict_by_itself(run, options, 
     adapter = tmp_path / "run" / "adapter"
     with pytest.raises(SystemExit, match="SonoSAM needs a point in each label, which images alone do not give"):
         run(predict, adapter=adapter, images=options["data_root"] / "Warwick_QU_Dataset", output=tmp_path / "masks")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run, options, monkeypatch):
+    monkeypatch.setattr("ssam.losses.FocalDiceLoss.forward", lambda loss, logits, masks: logits.sum() * float("nan"))
+    with pytest.raises(SystemExit, match=r"error: the loss of step 1 is nan; give a lower learning_rate than 0\.01"):
+        run(train, **options)
+
+
+def test_volumes_are_trained_on_and_segmented_where_they_lie_in_space(run, options, tmp_path):
+    root, affine = tmp_path / "volumes", np.diag([2.0, 3.0, 4.0, 1.0])
+    scan = np.random.default_rng(0).normal(0, 100, (24, 16, 3)).astype(np.float32)
+    scan[4:12, 2:9] += 800
+    scan[0, 0, 0] = np.nan
+    for patient in range(10):
+        for kind, values in {"images": scan, "masks": (scan > 400).astype(np.uint8)}.items():
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, affine), root / kind / f"patient{patient}.nii.gz")
+    (root / "labels.json").write_text('{"lesion": 1}')
+    run(train, **{**options, "dataset": "own", "data_root": root, "augmentation": "upright"})
+    assert len(read_scores(tmp_path / "run" / "scores.csv")) == 2 * 3
+    run(predict, adapter=tmp_path / "run" / "adapter", images=root / "images", output=tmp_path / "masks")
+    masks = sorted((tmp_path / "masks" / "lesion").iterdir())
+    assert [path.name for path in masks] == [f"patient{patient}.nii.gz" for patient in range(10)]
+    mask = nibabel.load(masks[7])
+    assert mask.shape == scan.shape and (mask.affine == affine).all()
+    # What evaluation has counted in the slices of this patient, which is in the test.
+    predicted = [score.predicted for score in read_scores(tmp_path / "run" / "scores.csv")][:3]
+    assert np.asarray(mask.dataobj).sum((0, 1)).tolist() == predicted

@@ -72,12 +72,20 @@ class TestGlas:
         with pytest.raises(UserError, match=r"holds both testA_2\.bmp and testA_2\.png; remove one"):
             open_dataset("glas", str(glas_folder), "test")
 
+    def test_its_config_goes_from_download_to_table(self, glas_folder, from_download_to_table):
+        table = from_download_to_table("glas", glas_folder)
+        assert table.keys() == {"glands", "mean"} and table["glands"]["images with it"] == "2 of 2"
+
     def test_real_images(self):
         root = Path(__file__).parents[3] / "shared" / "data" / "glas"
         if not root.is_dir():
             pytest.skip("the real GlaS images are not beside this checkout, in ../shared/data/glas")
         sizes = {split: len(open_dataset("glas", str(root), split)) for split in ("train", "validation", "test")}
         assert sizes == {"train": 71, "validation": 14, "test": 60}
+        sample = open_dataset("glas", str(root), "test")[0]
+        assert sample.image.shape == (522, 775, 3) and sample.masks.shape == (1, 522, 775)
+        inside, outside = sample.image[sample.masks[0]].mean(), sample.image[~sample.masks[0]].mean()
+        assert 0.05 < sample.masks.mean() < 0.95 and abs(inside - outside) > 0.02
 
     def test_bad_folders_and_files_are_named(self, glas_folder, tmp_path):
         folder = glas_folder / "Warwick_QU_Dataset"

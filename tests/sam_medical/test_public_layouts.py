@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ssam.data import open_dataset
+from ssam.data import open_dataset, open_splits
 from ssam.data.abdominal_us import COLOURS
 from ssam.errors import UserError
 
@@ -79,6 +79,11 @@ class TestCholecSeg8k:
         shutil.rmtree(folder / "video01")
         with pytest.raises(UserError, match=r"no frames of the split train.*video01"):
             open_dataset("cholecseg8k", str(folder), "train")
+
+    def test_its_config_goes_from_download_to_table(self, folder, from_download_to_table):
+        table = from_download_to_table("cholecseg8k", folder)
+        assert table.keys() == {*open_dataset("cholecseg8k", str(folder), "train").labels, "mean"}
+        assert {row["images with it"].split(" of ")[-1] for row in table.values()} == {"3", ""}
 
 
 class TestUltrasound:
@@ -155,6 +160,11 @@ class TestUltrasound:
         assert present.any(1).all()
         assert present.sum(1).max() <= 4 and 0 < present.mean() < 0.5
 
+    def test_its_config_goes_from_download_to_table(self, folder, from_download_to_table):
+        table = from_download_to_table("ultrasound", folder)
+        assert table.keys() == {*open_dataset("abdominal-us", str(folder), "train").labels, "mean"}
+        assert {row["images with it"].split(" of ")[-1] for row in table.values()} == {"7", ""}
+
 
 class TestChestXDet:
     @pytest.fixture
@@ -219,6 +229,11 @@ class TestChestXDet:
         found = [label for label, mask in zip(dataset.labels, sample.masks, strict=True) if mask.any()]
         assert found == ["Effusion", "Cardiomegaly", "Fibrosis", "Consolidation"]
 
+    def test_its_config_goes_from_download_to_table(self, folder, from_download_to_table):
+        table = from_download_to_table("chestx-det", folder)
+        assert table.keys() == {*open_dataset("chestx-det", str(folder), "train").labels, "mean"}
+        assert {row["images with it"].split(" of ")[-1] for row in table.values()} == {"2", ""}
+
 
 class TestLitsPng:
     @pytest.fixture
@@ -258,6 +273,11 @@ class TestLitsPng:
         (folder / "dataset_6" / "dataset_6" / "segmentation-0_lesionmask_1.png").unlink()
         with pytest.raises(UserError, match=r"volume-0_1\.png has no mask; put segmentation-0_lesionmask_1\.png"):
             open_dataset("lits-png", str(folder), "train")
+
+    def test_its_config_goes_from_download_to_table(self, folder, from_download_to_table):
+        table = from_download_to_table("lits-png", folder)
+        assert table.keys() == {*open_dataset("lits-png", str(folder), "train").labels, "mean"}
+        assert {row["images with it"].split(" of ")[-1] for row in table.values()} == {"6", ""}
 
 
 class TestOwnData:
@@ -300,6 +320,28 @@ class TestOwnData:
         assert (len(dataset), list(dataset.labels)) == (10, ["cyst", "vessel"])
         assert dataset[4].masks.any((1, 2)).tolist() == [True, False]
 
+    def test_a_label_may_be_missing_from_a_split_and_is_the_same_in_all(self, folder):
+        (folder / "labels.json").unlink()
+        for split, labels in {"train": ["cyst", "vessel"], "validation": ["vessel"], "test": ["cyst"]}.items():
+            shutil.copytree(folder / "images", folder / split / "images")
+            for label in labels:
+                shutil.copytree(folder / "masks", folder / split / "masks" / label)
+        splits = open_splits("own", str(folder))
+        assert {tuple(dataset.labels) for dataset in splits.values()} == {("cyst", "vessel")}
+        present = {split: dataset[0].masks.any((1, 2)).tolist() for split, dataset in splits.items()}
+        assert present == {"train": [True, True], "validation": [False, True], "test": [True, False]}
+
+    def test_labels_listed_in_another_order_in_a_split_are_still_themselves(self, folder):
+        for split in ("train", "validation", "test"):
+            shutil.copytree(folder / "images", folder / split / "images")
+            shutil.copytree(folder / "masks", folder / split / "masks")
+        (folder / "test" / "labels.json").write_text('{"cyst": 1, "vessel": 7}')
+        areas = {split: dataset[0].masks.sum((1, 2)).tolist() for split, dataset in open_splits("own", folder).items()}
+        assert areas["test"] == areas["train"] == [60, 24]
+        shutil.rmtree(folder / "validation")
+        with pytest.raises(UserError, match=r"has folders for its splits, but none for validation; add .*images"):
+            open_splits("own", folder)
+
     def test_names_may_have_dots_and_hidden_folders_are_no_labels(self, folder):
         for number in range(10):
             for kind, stem in (("images", "Scan"), ("masks", "scan")):
@@ -335,6 +377,11 @@ class TestOwnData:
             open_dataset("own", str(folder), "train")[0]
         save(folder / "masks" / "scan0.png", np.zeros((5, 5), dtype=np.uint8))
         with pytest.raises(UserError, match=r"scan0\.png is 5x5 pixels, its image 30x20"):
+            open_dataset("own", str(folder), "train")[0]
+        green = np.zeros((20, 30, 3), dtype=np.uint8)
+        green[4, :, 1] = 255
+        save(folder / "masks" / "scan0.png", green)
+        with pytest.raises(UserError, match=r"scan0\.png is a mask in colours; save it with one channel"):
             open_dataset("own", str(folder), "train")[0]
         (folder / "masks" / "scan0.png").unlink()
         with pytest.raises(UserError, match=r"Scan0\.png has no mask scan0"):

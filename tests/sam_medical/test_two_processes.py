@@ -44,18 +44,6 @@ def options(glas_folder, tiny_sam_folder, tiny_clip_folder):
 
 
 @pytest.fixture
-def run_here(monkeypatch):
-    """Runs a command in this process."""
-
-    def run_here(command, **options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr("sys.argv", [command.__name__, *flags(options)])
-        command.main()
-
-    return run_here
-
-
-@pytest.fixture
 def launch(tmp_path):
     """Starts train.py with the launcher, in a process group of its own and with its output in a file."""
     launched = []
@@ -80,7 +68,7 @@ def launch(tmp_path):
             process.wait()
 
 
-def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run_here, options, tmp_path):
+def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run, options, tmp_path):
     two = {**options, "batch_size": 1, "output_dir": tmp_path / "two"}
     log = tmp_path / "log"
     launched = launch(log, **two)
@@ -93,7 +81,7 @@ def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run_here, o
     assert stopped and int(stopped[1]) < STEPS, log.read_text()
 
     resumed = launch(log, **two, resume=True)
-    run_here(train, **options, batch_size=2, output_dir=tmp_path / "one")
+    run(train, **options, batch_size=2, output_dir=tmp_path / "one")
     assert resumed.wait() == 0, log.read_text()
     assert f"Going on after step {stopped[1]} of {STEPS}." in log.read_text()
     assert log.read_text().count("glands  0.") == 1
@@ -107,7 +95,7 @@ def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run_here, o
         torch.testing.assert_close(shared[name], tensor, atol=1e-4, rtol=1e-4)
 
     arguments = {"adapter": tmp_path / "two" / "adapter", "data_root": options["data_root"]}
-    run_here(evaluate, **arguments, output=tmp_path / "again.json")
+    run(evaluate, **arguments, output=tmp_path / "again.json")
     dice, again = (
         json.loads((tmp_path / path).read_text())["test"]["mean_dice"] for path in ("two/metrics.json", "again.json")
     )

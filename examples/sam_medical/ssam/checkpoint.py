@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from ssam.adapter import Task
 from ssam.errors import UserError
 from ssam.files import make_empty, new_name, put_in_place, write_json
+from ssam.metrics import LabelScores
 from ssam.options import TrainOptions
 from ssam.tuning import kept_tensors, load_kept_tensors
 
@@ -43,14 +45,21 @@ class Progress:
     best_step: int = 0
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
+    label_scores: list[dict[str, dict[str, Any]]] = field(default_factory=list)
 
     def add_step(self, loss: float) -> None:
         self.step += 1
         self.losses.append(loss)
 
-    def add_validation(self, dice: float) -> bool:
+    @property
+    def history(self) -> dict[str, Any]:
+        """Every step's loss; every validation's step and Dice, and its scores by label."""
+        return {"losses": self.losses, "validations": self.validations, "label_scores": self.label_scores}
+
+    def add_validation(self, dice: float, scores: Mapping[str, LabelScores]) -> bool:
         """Notes a validation after the latest step; whether it was the best so far."""
         self.validations.append((self.step, dice))
+        self.label_scores.append({label: asdict(score) for label, score in scores.items()})
         if dice <= self.best_dice:
             return False
         self.best_dice, self.best_step = dice, self.step
@@ -120,10 +129,13 @@ def save_state(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> N
     accelerator.wait_for_everyone()
 
 
-def description_of_run(options: TrainOptions, task: Task, processes: int) -> dict[str, Any]:
-    """All that must be the same when a run goes on."""
+def description_of_run(
+    options: TrainOptions, task: Task, data: Mapping[str, Mapping[str, Any]], processes: int
+) -> dict[str, Any]:
+    """All that must be the same when a run goes on; data are what `ssam.record.check_images` says of the splits."""
     run = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
-    return {**run, "labels": list(task.labels), "weights": task.backbone_digest, "processes": processes}
+    facts = {"labels": list(task.labels), "weights": task.backbone_digest, "processes": processes}
+    return {**run, **facts, **{f"{split} images": dict(summary) for split, summary in data.items()}}
 
 
 def check_same_run(folder: Path, run: dict[str, Any]) -> None:

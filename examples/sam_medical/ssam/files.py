@@ -30,6 +30,21 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore(folder: Path) -> None:
+    """Puts back what `put_in_place` has moved away, if it was ended before the new folder was in place."""
+    old = folder.with_name(f".old.{folder.name}")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, so that it is at no time there in parts."""
+    if folder.exists():
+        shutil.rmtree(new_name(folder), ignore_errors=True)
+        folder.rename(new_name(folder))
+        shutil.rmtree(new_name(folder), ignore_errors=True)
+
+
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends without an error."""

@@ -70,10 +70,13 @@ class TrainOptions:
     seed: int = option(0, "Of the initialisation, the order of the images and their augmentation.")
 
     validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
+    validation_images: int | None = option(
+        None, "Validate on so many images, evenly from the first to the last; on all by default."
+    )
     choose_by: str = option(
         "pooled-dice",
-        "Which Dice on validation makes an adapter the best: pooled-dice, of each label's pixels together; or dice, the "
-        "paper's, to which predicting nothing looks good where labels are rare.",
+        "Which Dice on validation makes an adapter the best: pooled-dice, of each label's pixels together; or dice, "
+        "the paper's, to which predicting nothing looks good where labels are rare.",
     )
     overlays: int = option(6, "Test images drawn with their true and predicted masks.")
     report_to: str | None = option(
@@ -85,8 +88,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"):
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("warmup_steps", "num_workers", "overlays", "weight_decay", "focal_weight"):
+        for name in ("warmup_steps", "num_workers", "overlays", "weight_decay", "focal_weight", "seed"):
             require(self, name, getattr(self, name) >= 0, "must not be negative")
+        some = self.validation_images is None or self.validation_images >= 1
+        require(self, "validation_images", some, "must be at least 1")
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
         require(self, "value_rate", self.value_rate > 0, "must be above 0")
@@ -153,10 +158,13 @@ class EvaluateOptions:
     data_root: str | None = option(None, "Folder of the dataset's files.")
     dataset: str | None = option(None, "The dataset to read; by default the one the adapter was trained on.")
     split: str = option("test", "The split to score.")
-    output: str = option("metrics.json", "File for the scores.")
-    csv: str | None = option(None, "File for the scores of each image and label.")
-    markdown: str | None = option(None, "File for the table.")
-    against: str | None = option(None, "Scores of each image of another method, to test the difference.")
+    output: str | None = option(None, "File for the scores, as JSON.")
+    csv: str | None = option(None, "File for the table, as CSV.")
+    markdown: str | None = option(None, "File for the table, as Markdown.")
+    scores: str | None = option(None, "File for the scores of each image and label, as CSV.")
+    against: str | None = option(
+        None, "Another method's scores of each image, its run's scores.csv, to test the difference."
+    )
     overlays: str | None = option(None, "Folder for pictures of the images with true and predicted masks.")
     backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
     batch_size: int = option(4, "Images a step.")
@@ -171,7 +179,7 @@ class PredictOptions:
     """Segment images of one's own by the names of the labels."""
 
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
-    images: str = option("", "Folder of the images.")
+    images: str = option("", "Folder of the images or volumes.")
     output: str = option("", "Folder for the masks, in a sub-folder a label.")
     backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
     batch_size: int = option(4, "Images a step.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,10 +27,10 @@ from ssam.checkpoint import (
     save_state,
 )
 from ssam.data import SegmentationDataset
-from ssam.data.loading import evaluation_loader, training_loader
+from ssam.data.loading import evaluation_loader, thinned, training_loader
 from ssam.errors import UserError
 from ssam.evaluation import evaluate
-from ssam.files import replacing_folder
+from ssam.files import replacing_folder, write_json
 from ssam.losses import build_loss
 from ssam.methods import METHODS, Method
 from ssam.metrics import CRITERIA, score_labels
@@ -43,6 +45,7 @@ def train(
     tuned_model: nn.Module,
     text_embeddings: Tensor | None,
     splits: Mapping[str, SegmentationDataset],
+    data: Mapping[str, Mapping[str, Any]],
     task: Task,
     options: TrainOptions,
     started: float,
@@ -55,9 +58,10 @@ def train(
     if has_batch_norm(tuned_model):
         _check_batches(method, options, accelerator.num_processes)
     progress = Progress()
+    run = description_of_run(options, task, data, accelerator.num_processes)
     validation = Validation(accelerator, splits["validation"], text_embeddings, task, options)
     if method.learns:
-        _train_steps(accelerator, tuned_model, splits["train"], validation, progress, task, options, started)
+        _train_steps(accelerator, tuned_model, splits["train"], validation, progress, run, options, started)
     else:
         progress.step = options.steps
         validation.run(tuned_model.to(accelerator.device), progress)
@@ -76,22 +80,29 @@ class Validation:
         task: Task,
         options: TrainOptions,
     ) -> None:
-        loader = evaluation_loader(dataset, options.image_size, options.batch_size, options.num_workers)
+        images = thinned(dataset, options.validation_images)
+        loader = evaluation_loader(images, options.image_size, options.batch_size, options.num_workers)
         self._loader = accelerator.prepare(loader)
         self._accelerator = accelerator
         self._text_embeddings = text_embeddings
         self._task = task
         self._criterion = CRITERIA[options.choose_by]
-        self._folder = Path(options.output_dir) / "adapter"
+        self._output = Path(options.output_dir)
 
     def run(self, model: nn.Module, progress: Progress) -> None:
         accelerator, labels = self._accelerator, self._task.labels
-        scores = evaluate(accelerator, model, self._loader, labels, "validation")
-        dice = self._criterion(score_labels(scores, labels))
-        accelerator.log({"validation Dice": dice}, step=progress.step)
-        if progress.add_validation(dice) and accelerator.is_main_process:
-            with replacing_folder(self._folder) as folder:
-                save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
+        masks = evaluate(accelerator, model, self._loader, labels, "validation")
+        scores = score_labels(masks, labels)
+        dice = self._criterion(scores)
+        of_labels = {f"validation Dice of {label}": score.dice for label, score in scores.items()}
+        accelerator.log({"validation Dice": dice, **of_labels}, step=progress.step)
+        is_best = progress.add_validation(dice, scores)
+        if accelerator.is_main_process:
+            write_json(self._output / "history.json", progress.history)
+            if is_best:
+                with replacing_folder(self._output / "adapter") as folder:
+                    save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
+        accelerator.wait_for_everyone()
 
 
 def _check_batches(method: Method, options: TrainOptions, processes: int) -> None:
@@ -107,16 +118,15 @@ def _train_steps(
     dataset: SegmentationDataset,
     validation: Validation,
     progress: Progress,
-    task: Task,
+    run: dict[str, Any],
     options: TrainOptions,
     started: float,
 ) -> None:
     """Goes on where the output folder's checkpoint is, and leaves one after each validation and at Ctrl-C."""
-    method, checkpoint = METHODS[task.method], Path(options.output_dir) / "checkpoint"
+    method, checkpoint = METHODS[options.method], Path(options.output_dir) / "checkpoint"
     model, optimizer, scheduler = _prepare(accelerator, tuned_model, options)
     accelerator.register_for_checkpointing(progress, scheduler)
     save_adapter_only(accelerator)
-    run = description_of_run(options, task, accelerator.num_processes)
     if checkpoint.exists():
         check_same_run(checkpoint, run)
         accelerator.load_state(str(checkpoint))
@@ -127,12 +137,17 @@ def _train_steps(
 
     accelerator.print(
         f"{method.title}: training {count_trainable(tuned_model):,} values on {len(dataset)} images of "
-        f"{options.dataset} for {', '.join(task.labels)}, on {accelerator.device}."
+        f"{options.dataset} for {', '.join(dataset.labels)}, on {accelerator.device}."
     )
     bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     loss_function = build_loss(method.loss, options.focal_weight)
     with Interruption() as interruption, bar:
         for loss in _losses(accelerator, model, optimizer, scheduler, loader, loss_function):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of step {progress.step + 1} is {loss}; give a lower learning_rate than "
+                    f"{options.peak_learning_rate:g}, or mixed_precision no."
+                )
             progress.add_step(loss)
             accelerator.log({"loss": loss, "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
             bar.update()

@@ -25,7 +25,9 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "own": OwnData,
 }
 
-__all__ = ["DATASETS", "Sample", "SegmentationDataset", "open_dataset"]
+TRAINING_SPLITS = ("train", "validation", "test")
+
+__all__ = ["DATASETS", "Sample", "SegmentationDataset", "open_dataset", "open_splits"]
 
 
 def open_dataset(name: str, root: str | None, split: str, labels: list[str] | None = None) -> SegmentationDataset:
@@ -40,9 +42,22 @@ def open_dataset(name: str, root: str | None, split: str, labels: list[str] | No
     if split not in dataset_type.splits:
         raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
     dataset = dataset_type(Path(root) if root else None, split)
+    if not len(dataset):
+        raise UserError(f"{root} holds no images of the split {split} of {name}; add some.")
     unknown = [label for label in labels or [] if label not in dataset.labels]
     if unknown:
         raise UserError(f"{name} has no label {unknown[0]!r}; choose from {', '.join(dataset.labels)}.")
     if labels:
         dataset.keep_labels(labels)
     return dataset
+
+
+def open_splits(name: str, root: str | None, labels: list[str] | None = None) -> dict[str, SegmentationDataset]:
+    """What a run needs: train, validation and test, all with the labels of train in its order.
+
+    Raises:
+        UserError: as `open_dataset`.
+    """
+    first, *others = TRAINING_SPLITS
+    train = open_dataset(name, root, first, labels)
+    return {first: train, **{split: open_dataset(name, root, split, list(train.labels)) for split in others}}

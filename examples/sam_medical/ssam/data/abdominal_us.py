@@ -107,7 +107,9 @@ def read_colours(path: Path) -> np.ndarray:
     """A mask in colours as one bool mask a label, (K, H, W): the nearest colour's, without specks."""
     pixels = np.asarray(open_image(path).convert("RGB"), dtype=np.int32)
     palette = np.array([*BACKGROUNDS, *COLOURS.values()], dtype=np.int32)
-    colours, where = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    # A colour as one number, since numpy sorts numbers a hundred times faster than rows.
+    numbers, where = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
+    colours = numbers[:, None] >> (16, 8, 0) & 255
     nearest = ((colours[:, None] - palette) ** 2).sum(2).argmin(1)[where].reshape(pixels.shape[:2])
     first = len(BACKGROUNDS)
     return np.stack([_without_specks(nearest == first + label) for label in range(len(COLOURS))])

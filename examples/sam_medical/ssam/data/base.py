@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from ssam.data.nifti import is_volume, read_image_slice, without_suffix
 from ssam.errors import UserError
 
 EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -91,6 +92,24 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     return images
 
 
+def files_by_stem(folder: Path) -> dict[str, Path]:
+    """The images and volumes of a folder by lower-case stem, in the order of their names.
+
+    Raises:
+        UserError: if two of them have the same.
+    """
+    volumes = {without_suffix(path.name.lower()): path for path in folder.iterdir() if is_volume(path)}
+    images = images_by_stem(folder)
+    for stem in volumes.keys() & images.keys():
+        raise UserError(f"{folder} holds both {volumes[stem].name} and {images[stem].name}; remove one of the two.")
+    return dict(sorted((images | volumes).items()))
+
+
+def read_image_or_slice(path: Path, number: int | None) -> np.ndarray:
+    """An image file, or a slice of a volume, as (H, W, 3), float32 between zero and one."""
+    return read_image(path) if number is None else in_colour(read_image_slice(path, number))
+
+
 def read_image(path: Path) -> np.ndarray:
     """An image file as (H, W, 3), float32 between zero and one.
 
@@ -100,19 +119,32 @@ def read_image(path: Path) -> np.ndarray:
     image = open_image(path)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float32)
-        return np.repeat(stretched(values, float(values.min()), float(values.max()))[..., None], 3, axis=2)
+        if not np.isfinite(values).all():
+            raise UserError(f"{path} holds values that are no numbers; replace them, or remove the image.")
+        low, high = float(values.min()), float(values.max())
+        return in_colour(((values - low) / max(high - low, 1e-8)).clip(0, 1))
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A single-channel mask file's values, (H, W); of a file with colours, the first channel."""
-    values = np.asarray(open_image(path))
-    return values if values.ndim == 2 else values[..., 0]
+    """A mask file's values, (H, W); of a grey picture saved in three channels, or four, those of the first.
+
+    Raises:
+        UserError: if it is in colours.
+    """
+    image = open_image(path)
+    values = np.asarray(image)
+    if values.ndim == 2:
+        return values
+    colours = values[..., : len(image.getbands()) - image.mode.endswith("A")]
+    if (colours != colours[..., :1]).any():
+        raise UserError(f"{path} is a mask in colours; save it with one channel, a whole number for each label.")
+    return values[..., 0]
 
 
-def stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values from ``low`` to ``high`` as float32 between zero and one."""
-    return ((values.astype(np.float32) - low) / max(high - low, 1e-8)).clip(0, 1)
+def in_colour(grey: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) as (H, W, 3)."""
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def check_same_size(image: np.ndarray, mask: np.ndarray, mask_path: Path) -> None:

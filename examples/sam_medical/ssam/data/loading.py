@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from monai import transforms
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ssam.data.augmentation import build_augmentation
 from ssam.data.base import Sample, SegmentationDataset
 
-# Of resized training images; the rest of a larger dataset is read again each time.
+# Of resized training images, in all worker processes together; the rest of a larger dataset is read again each time.
 KEPT_BYTES = 2 * 1024**3
 
 
@@ -54,13 +54,17 @@ def training_loader(
     first: int,
     last: int,
     num_workers: int = 0,
+    kept_bytes: int = KEPT_BYTES,
 ) -> DataLoader:
     """`TrainingBatch`es of the images at positions ``first`` to ``last`` of a run."""
+    resized = ResizedDataset(dataset, image_size)
+    kept_by_each = kept_bytes // max(1, num_workers)
     return DataLoader(
-        AugmentedDataset(ResizedDataset(dataset, image_size), build_augmentation(augmentation), seed),
+        AugmentedDataset(resized, build_augmentation(augmentation), seed, kept_by_each),
         batch_size=batch_size,
         sampler=TrainingSampler(len(dataset), seed, first, last),
         num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
         # Without one of its own, beginning to read would move torch's random numbers on, and a resumed run's with it.
         generator=torch.Generator(),
     )
@@ -79,8 +83,15 @@ def evaluation_loader(dataset: Samples, image_size: int, batch_size: int, num_wo
 
 def spread(dataset: Samples, count: int) -> list[Sample]:
     """Some samples of a dataset, evenly from its first to its last."""
-    positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return [dataset[int(position)] for position in positions]
+    chosen = thinned(dataset, count)
+    return [chosen[index] for index in range(len(chosen))]
+
+
+def thinned(dataset: Samples, count: int | None) -> Samples:
+    """So many samples of a dataset, evenly from its first to its last; all of them if there are fewer, or for None."""
+    if count is None or count >= len(dataset):
+        return dataset
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())  # type: ignore[arg-type]
 
 
 class ResizedDataset(Dataset):
@@ -104,17 +115,18 @@ class AugmentedDataset(Dataset):
     and these two alone, so that neither worker processes nor an interruption change them.
     """
 
-    def __init__(self, dataset: ResizedDataset, augmentation: transforms.Compose, seed: int) -> None:
+    def __init__(self, dataset: ResizedDataset, augmentation: transforms.Compose, seed: int, kept_bytes: int) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
+        self.kept_bytes = kept_bytes
         self.kept: dict[int, TrainingBatch] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingBatch:
         epoch, index = key
         item = self.kept.get(index) or self.dataset[index]
         size = item["images"].nbytes + item["masks"].nbytes
-        if size * (len(self.kept) + 1) <= KEPT_BYTES:
+        if size * (len(self.kept) + 1) <= self.kept_bytes:
             self.kept[index] = item
         self.augmentation.set_random_state(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
         augmented = self.augmentation(dict(item))
