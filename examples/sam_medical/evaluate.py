@@ -29,6 +29,7 @@ from ssam.report import (
     markdown_table,
     score_table,
     scores_as_json,
+    write_table,
 )
 from ssam.runtime import check_processes, end_together, prepare_process
 from ssam.statistics import compare
@@ -50,11 +51,15 @@ def main() -> None:
     masks = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
     if accelerator.is_main_process:
         scores = score_labels(masks, task.labels)
-        write_json(Path(options.output), {options.split: scores_as_json(scores, masks), "adapter": options.adapter})
+        if options.output:
+            content = {options.split: scores_as_json(scores, masks), "adapter": options.adapter}
+            write_json(Path(options.output), content)
         if options.csv:
-            write_scores(masks, Path(options.csv))
+            write_table(*score_table(scores, masks), Path(options.csv))
         if options.markdown:
             write_text(Path(options.markdown), markdown_table(*score_table(scores, masks)))
+        if options.scores:
+            write_scores(masks, Path(options.scores))
         print(format_table(scores, masks))
         if options.against and other is not None:
             print(format_comparison(compare(masks, other), options.against))

@@ -6,7 +6,7 @@
 
 A step is a forward and a backward pass. Contenders take turns; seconds are medians, ratios medians of each round's
 ratio. Memory is what a step allocates at its most beside the model; on the CPU, what autograd keeps for the backward
-pass. The batches that are read are the brain MRI's.
+pass. Batches are read from --dataset as in training: the first time from its files, then from what is kept.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import nn
 
 from ssam.adapter import Task, build_model
 from ssam.backbones import checkpoint_blocks
-from ssam.data import open_dataset
-from ssam.data.loading import TrainingBatch, training_loader
+from ssam.data import SegmentationDataset, open_dataset
+from ssam.data.loading import KEPT_BYTES, TrainingBatch, training_loader
 from ssam.errors import one_line_errors
 from ssam.losses import build_loss
 from ssam.methods import METHODS
@@ -45,6 +45,8 @@ class SpeedOptions:
     batch_size: int = option(2, "Images a step.")
     labels: int = option(12, "Labels that are compared with one.")
     mixed_precision: str = option("no", "no, bf16 or fp16.")
+    dataset: str = option("brain-mri", "The dataset to read, as for train.py.")
+    data_root: str | None = option(None, "Folder of its files.")
     num_workers: int = option(0, "Processes that read and augment images.")
     rounds: int = option(7, "Rounds that count.")
 
@@ -68,9 +70,16 @@ def main() -> None:
             accelerator, options, options.labels, checkpointed=True
         ),
     }
-    batches = batches_of(options)
-    next(batches)
-    contenders: dict[str, Callable[[], object]] = {**step_of, "reading a batch": lambda: next(batches)}
+    dataset = open_dataset(options.dataset, options.data_root, "train")
+    from_files, from_memory = batches_of(dataset, options, keeping=False), batches_of(dataset, options, keeping=True)
+    for _ in range(-(-len(dataset) // options.batch_size) + 1):
+        next(from_memory)
+    next(from_files)
+    contenders: dict[str, Callable[[], object]] = {
+        **step_of,
+        "reading a batch from its files": lambda: next(from_files),
+        "reading a batch that was kept": lambda: next(from_memory),
+    }
     seconds = take_turns(contenders, options.rounds, accelerator.device)
     first = next(iter(contenders))
     rows = []
@@ -122,16 +131,30 @@ class TrainingStep:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), self.accelerator.autocast():
             self.model(self.images, self.masks)
-        own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        own = {tensor.untyped_storage().data_ptr() for tensor in self._tensors_of_the_model()}
         return sum(size for pointer, size in kept.items() if pointer not in own)
 
+    def _tensors_of_the_model(self) -> Iterator[torch.Tensor]:
+        """Parameters, buffers, and what else hangs on a module, as U and Vᵀ do."""
+        for module in self.model.modules():
+            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()):
+                if isinstance(value, torch.Tensor):
+                    yield value
 
-def batches_of(options: SpeedOptions) -> Iterator[TrainingBatch]:
-    """Augmented training batches of the brain MRI, as a run reads them, without end."""
-    dataset = open_dataset("brain-mri", None, "train")
+
+def batches_of(dataset: SegmentationDataset, options: SpeedOptions, keeping: bool) -> Iterator[TrainingBatch]:
+    """Augmented training batches, as a run reads them, without end; each image from its file if none is kept."""
     last = options.batch_size * 10_000
     yield from training_loader(
-        dataset, options.image_size, options.batch_size, "upright", 0, 0, last, options.num_workers
+        dataset,
+        options.image_size,
+        options.batch_size,
+        "upright",
+        seed=0,
+        first=0,
+        last=last,
+        num_workers=options.num_workers,
+        kept_bytes=KEPT_BYTES if keeping else 0,
     )
 
 

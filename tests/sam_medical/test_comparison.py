@@ -1,16 +1,17 @@
 """compare.py: which runs there are, that none is done twice, and that the table says what they gave."""
 
 import csv
+import functools
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import compare
@@ -19,6 +20,8 @@ from ssam.comparison import Bench, last_line
 from ssam.errors import UserError
 from ssam.metrics import MaskScore, read_scores, write_scores
 from ssam.options import CompareOptions
+
+RATES = (0.0015, 0.005, 0.015)
 
 
 @pytest.fixture
@@ -40,14 +43,8 @@ def options(glas_folder, tiny_sam_folder, tiny_clip_folder, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    def run(**options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr("sys.argv", ["compare", *flags])
-        compare.main()
-
-    return run
+def run(run):
+    return functools.partial(run, compare)
 
 
 def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys):
@@ -72,6 +69,8 @@ def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys
     assert (table["S-SAM"]["trained values"], table["zero-shot, point"]["trained values"]) == (f"{trained:,}", "0")
     assert table["zero-shot, point"]["expert's hints"] == "point" and table["U-Net"]["p (Holm)"]
     report = (folder / "report" / "README.md").read_text()
+    assert "Dice less S-SAM's" in table["U-Net"]
+    assert "    python examples/sam_medical/compare.py --dataset glas" in report
     assert "| S-SAM |" in report and "| S-SAM |" in capsys.readouterr().out
     for picture in ("trained_values.png", "curves.png", "masks.png"):
         assert min(Image.open(folder / "report" / picture).size) > 100
@@ -114,7 +113,7 @@ def fake_training(monkeypatch):
 
         trained = []
         monkeypatch.setattr(comparison.subprocess, "Popen", call)
-        monkeypatch.setattr(comparison, "open_dataset", lambda *_: None)
+        monkeypatch.setattr(comparison, "open_splits", lambda *_: None)
         return trained
 
     return fake_training
@@ -129,6 +128,8 @@ def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training
     bench = Bench(CompareOptions(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3"))
     bench.run()
     assert bench.rates == {("s-sam", 1): 0.005}
+    rates = [bench.describe_rate(replace(bench.done_seeds("s-sam")[0][0], learning_rate=rate)) for rate in RATES]
+    assert rates == ["0.0015 (lowest tried)", "0.005", "0.015 (highest tried)"]
     assert sorted((flags["--learning-rate"], flags["--seed"]) for flags in trained) == [
         ("0.0015", "0"),
         ("0.005", "0"),
@@ -172,6 +173,12 @@ def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path)
     Bench(CompareOptions(**options)).run()
     with pytest.raises(UserError, match="was run with dataset 'brain-mri', and now it is 'glas'"):
         Bench(CompareOptions(**options, dataset="glas"))
+    # What a run's record does not name was as it is by default.
+    with pytest.raises(UserError, match="was run with choose_by 'pooled-dice', and now it is 'dice'"):
+        Bench(CompareOptions(**options, choose_by="dice"))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "metrics.json").write_text('{"test": {}}')
+    Bench(CompareOptions(**options))
     with pytest.raises(UserError, match=r"s-sam/.* is not of the same weights as .*lora/"):
         Bench(CompareOptions(**{**options, "methods": "lora,s-sam"})).run()
 

@@ -19,7 +19,7 @@ from ssam.metrics import (
     score_masks,
     write_scores,
 )
-from ssam.statistics import compare, dice_by_case, holm, interval
+from ssam.statistics import Case, compare, dice_by_case, holm, interval
 
 LABELS = ["liver", "tumor"]
 
@@ -95,6 +95,9 @@ def test_labels_that_are_nowhere_do_not_choose_an_adapter():
     labels = ["liver", "tumor"]
     scores = score_labels(score_masks(sample(true), labels, np.ones_like(true)), labels)
     assert CRITERIA["pooled-dice"](scores) == pytest.approx(16 / 24)
+    assert scores["tumor"].dice_pooled is None and mean_scores(scores).dice_pooled == pytest.approx(16 / 24)
+    tumor = {"tumor": scores["tumor"]}
+    assert CRITERIA["pooled-dice"](tumor) == mean_dice(tumor) == 0
 
 
 def test_loss_is_focal_of_every_mask_and_dice_of_those_that_are_not_blank():
@@ -183,7 +186,7 @@ def test_scores_of_other_images_or_labels_are_not_compared():
 
 
 def test_a_single_case_has_neither_interval_nor_significance():
-    assert interval([0.5]) is None
+    assert interval([Case(0.5, 1)]) is None
     found = compare(scores_of([0.7]), scores_of([0.5]))
     assert (found.difference, found.low, found.p_value, found.cases) == (pytest.approx(0.2), None, 1, 1)
 
@@ -193,21 +196,40 @@ def test_slices_of_one_patient_are_one_case():
         MaskScore(f"slice{i}", "liver", intersection, 100, 100, group=group)
         for i, (intersection, group) in enumerate([(40, "a"), (60, "a"), (90, "b"), (70, "")])
     ]
-    assert dice_by_case(scores) == pytest.approx({"a": 0.5, "b": 0.9, "slice3": 0.7})
+    assert dice_by_case(scores) == {"a": Case(1.0, 2), "b": Case(0.9, 1), "slice3": Case(0.7, 1)}
+
+
+def test_the_interval_is_of_the_mean_over_images_however_many_a_case_has():
+    """Ten patients of 100 slices at 0.9, and ten of a single slice at 0.1, which the mean hardly feels."""
+    cases = [Case(90.0 + n / 10, 100) for n in range(10)] + [Case(0.1, 1) for _ in range(10)]
+    low, high = interval(cases)
+    assert low < sum(case.total for case in cases) / sum(case.images for case in cases) < high
+    assert low > 0.85 and high < 0.92
+
+    def slices(dice_of_patient):
+        return [
+            MaskScore(f"{patient}_{n}", "liver", round(100 * dice), 100, 100, group=patient)
+            for patient, (dice, count) in dice_of_patient.items()
+            for n in range(count)
+        ]
+
+    ours, theirs = slices({"a": (0.9, 9), "b": (0.5, 1)}), slices({"a": (0.8, 9), "b": (0.9, 1)})
+    assert compare(ours, theirs).difference == pytest.approx((9 * 0.1 - 0.4) / 10)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(60):
-        low, high = interval(random.normal(0.7, 0.1, 40).tolist())
+        low, high = interval([Case(dice, 1) for dice in random.normal(0.7, 0.1, 40)])
         covered += low <= 0.7 <= high
     assert 51 <= covered <= 60
 
 
 def test_images_count_once_however_many_labels_and_runs_they_have():
     scores = [*scores_of([0.4, 0.6]), MaskScore("image0", "tumor", 0, 0, 0), *scores_of([0.6, 0.8])]
-    assert dice_by_case(scores) == pytest.approx({"image0": (0.4 + 1 + 0.6) / 3, "image1": 0.7})
+    cases = {name: (case.total, case.images) for name, case in dice_by_case(scores).items()}
+    assert cases == {"image0": (pytest.approx((0.4 + 1 + 0.6) / 3), 1), "image1": (pytest.approx(0.7), 1)}
 
 
 def test_p_values_are_adjusted_as_holm_has_it():

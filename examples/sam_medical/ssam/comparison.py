@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ssam.checkpoint import FREE_OPTIONS
-from ssam.data import open_dataset
+from ssam.data import open_splits
 from ssam.errors import UserError
 from ssam.methods import METHODS
 from ssam.metrics import MaskScore, read_scores
@@ -65,8 +65,7 @@ class Bench:
         self.failures: dict[Cell, str] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
         for fold in self.folds:
-            for split in ("train", "validation", "test"):
-                open_dataset(self.dataset_of(fold), options.data_root, split, options.labels)
+            open_splits(self.dataset_of(fold), options.data_root, options.labels)
         self._check_finished_runs()
 
     def run(self) -> None:
@@ -90,6 +89,12 @@ class Bench:
             for seed in self._seeds_of(method)
         }
         return {seed: cells for seed, cells in by_seed.items() if all(map(self.is_done, cells))}
+
+    def describe_rate(self, cell: Cell) -> str:
+        """The cell's learning rate, and whether it is an end of those tried, beyond which may lie a better one."""
+        rates = sorted(candidate.learning_rate for candidate in self._candidates(cell.method, cell.fold))
+        ends = {rates[0]: " (lowest tried)", rates[-1]: " (highest tried)"} if len(rates) > 1 else {}
+        return f"{cell.learning_rate:g}{ends.get(cell.learning_rate, '')}"
 
     def folder_of(self, cell: Cell) -> Path:
         return self.folder / cell.name
@@ -174,11 +179,12 @@ class Bench:
     def _check_finished_runs(self) -> None:
         """Raises a `UserError` if a finished run in the folder was made with other options, weights or images."""
         first_of: dict[tuple[str, str], tuple[Any, Path]] = {}
-        for path in sorted(self.folder.rglob(METRICS_FILE)):
+        defaults = asdict(TrainOptions())  # of what an older version did not know
+        for path in sorted(self.folder.glob(f"*/fold-*/rate-*/seed-*/{METRICS_FILE}")):
             folder = path.parent
             metrics, fold = json.loads(path.read_text()), folder.parts[-3]
             wanted = {**asdict(self.options), "dataset": self.dataset_of(int(fold.removeprefix("fold-")))}
-            done = metrics["options"]
+            done = {**defaults, **metrics["options"]}
             for name in (done.keys() & wanted.keys()) - OPTIONS_OF_A_RUN:
                 if done[name] != wanted[name]:
                     raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from ssam.comparison import Bench, Cell
 from ssam.data import open_dataset
 from ssam.data.loading import evaluation_loader, spread
 from ssam.evaluation import predict_masks
-from ssam.files import replacing_file, write_text
+from ssam.files import write_text
 from ssam.methods import METHODS
 from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
 from ssam.options import CompareOptions, changed_options, flags_of
@@ -29,9 +28,11 @@ from ssam.report import (
     format_interval,
     markdown_table,
     save_figure,
+    write_table,
 )
-from ssam.statistics import Comparison, compare, dice_by_case, holm, interval
+from ssam.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
 
+DIFFERENCE = "Dice less the first's"
 COLUMNS = (
     "method",
     "expert's hints",
@@ -40,7 +41,7 @@ COLUMNS = (
     "least - most of seeds",
     "95 % interval",
     *COLUMNS_BESIDE_DICE,
-    "Dice less the first's",
+    DIFFERENCE,
     "p (Holm)",
     "learning rate",
     "seconds a run",
@@ -86,14 +87,15 @@ def write_report(bench: Bench, folder: Path) -> str:
         write_text(folder / "README.md", text)
         return text
     comparisons = _comparisons(rows)
-    table = [_cells(row, comparisons.get(row.method)) for row in rows]
-    with replacing_file(folder / "table.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *table])
-    write_text(folder / "README.md", _text(bench, rows, table))
+    first = METHODS[rows[0].method].title
+    columns = [f"Dice less {first}'s" if column == DIFFERENCE else column for column in COLUMNS]
+    table = [_cells(bench, row, comparisons.get(row.method)) for row in rows]
+    write_table(columns, table, folder / "table.csv")
+    write_text(folder / "README.md", _text(bench, rows, markdown_table(columns, table)))
     _draw_trained_values(rows, folder / "trained_values.png")
     _draw_curves(bench, rows, folder / "curves.png")
     _draw_masks(bench, rows, folder / "masks.png")
-    return markdown_table(COLUMNS, table)
+    return markdown_table(columns, table)
 
 
 def _row(bench: Bench, method: str) -> Row | None:
@@ -113,7 +115,7 @@ def _row(bench: Bench, method: str) -> Row | None:
         scores=bench.scores(cells),
         labels=mean_scores(means),
         by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in labels},
-        trained=metrics[0]["trainable_parameters"],
+        trained=metrics[0]["trainable_parameters"] if METHODS[method].learns else 0,
         seconds=float(np.median([values["seconds"] for values in metrics])),
         memory=None if None in memory else float(np.median(memory)),
     )
@@ -126,25 +128,25 @@ def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
     return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
 
 
-def _cells(row: Row, comparison: Comparison | None) -> list[str]:
+def _cells(bench: Bench, row: Row, comparison: Comparison | None) -> list[str]:
     method = METHODS[row.method]
     return [
         method.title,
         method.prompts if method.needs_expert else "",
-        f"{row.trained if method.learns else 0:,}",
+        f"{row.trained:,}",
         f"{row.dice:.3f}",
         f"{min(row.dice_of_seeds):.3f} - {max(row.dice_of_seeds):.3f} ({len(row.dice_of_seeds)})",
-        format_interval(interval([*dice_by_case(row.scores).values()])),
+        format_interval(interval(dice_by_case(row.scores).values())),
         *cells_beside_dice(row.labels, ".3f"),
         "" if comparison is None else format_difference(comparison),
         "" if comparison is None else f"{comparison.p_value:.2g}",
-        ", ".join(dict.fromkeys(f"{cell.learning_rate:g}" for cell in row.cells)) if method.learns else "",
+        ", ".join(dict.fromkeys(map(bench.describe_rate, row.cells))) if method.learns else "",
         f"{row.seconds:.0f}",
         "-" if row.memory is None else f"{row.memory / 1e9:.1f}",
     ]
 
 
-def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> str:
+def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
     options = bench.options
     metrics = bench.metrics(rows[0].cells[0])
     environment = ", ".join(f"{name} {value}" for name, value in metrics["environment"].items())
@@ -158,13 +160,14 @@ def _text(bench: Bench, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> 
         f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by the "
         f"`{options.choose_by}` of the validation images.",
         _command(options),
-        markdown_table(COLUMNS, table),
+        table,
         "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds"
         f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are over "
         f"{len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
         "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
-        "Holm's correction. HD95 in pixels of the images' own size; surface Dice within 1 % of the diagonal. Methods "
-        "with hints are told, in every image, which labels are there, and where.",
+        f"Holm's correction, which can give no less than {2 * max(1, len(rows) - 1) / (RESAMPLES + 1):.2g}. HD95 in "
+        "pixels of the images' own size; surface Dice within 1 % of the diagonal. Methods with hints are told, in "
+        "every image, which labels are there, and where.",
         *_departures(rows),
         "![trained values against Dice](trained_values.png)",
         "![validation Dice](curves.png)",
@@ -215,13 +218,12 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
     names = []
     for index, row in enumerate(rows):
         method = METHODS[row.method]
-        trained = row.trained if method.learns else 0
         colour = "tab:red" if method.network else "tab:gray" if method.needs_expert else "tab:blue"
         colour = "tab:green" if index == 0 else colour
         lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
         errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them
-        axes.errorbar(trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
-        names.append(axes.text(trained, row.dice, method.title, fontsize=8))
+        axes.errorbar(row.trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
+        names.append(axes.text(row.trained, row.dice, method.title, fontsize=8))
     axes.set_xscale("symlog", linthresh=1e4)
     axes.margins(x=0.1)
     axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")

@@ -61,7 +61,7 @@ class LabelScores:
     Attributes:
         dice: Mean over all images; an image where both masks are blank counts as 1, a false alarm as 0.
         dice_present: Mean over the images that have the label.
-        dice_pooled: Of all images' pixels together.
+        dice_pooled: Of all images' pixels together; None if no image has the label.
         iou: Intersection over union, mean over the images that have the label.
         hausdorff95: Mean over the images that have the label, in pixels.
         surface_dice: Mean over the images that have the label.
@@ -71,7 +71,7 @@ class LabelScores:
 
     dice: float
     dice_present: float | None
-    dice_pooled: float
+    dice_pooled: float | None
     iou: float | None
     hausdorff95: float | None
     surface_dice: float | None
@@ -109,9 +109,9 @@ def mean_dice(scores: dict[str, LabelScores]) -> float:
 
 
 def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
-    """The average over labels of Dice of all pixels together; of the labels that are there, if any is."""
-    present = [score for score in scores.values() if score.images_present]
-    return float(np.mean([score.dice_pooled for score in present or scores.values()]))
+    """The average of Dice of all pixels together, over the labels that are there; the paper's where none is."""
+    pooled = mean_scores(scores).dice_pooled
+    return mean_dice(scores) if pooled is None else pooled
 
 
 # By what the best adapter is chosen on the validation images.
@@ -179,11 +179,11 @@ def _distances(predicted: np.ndarray, true: np.ndarray, wanted: bool) -> tuple[f
 def _score(scores: Sequence[MaskScore]) -> LabelScores:
     present = [score for score in scores if score.true]
     absent = [score for score in scores if not score.true]
-    pixels = sum(score.predicted + score.true for score in scores)
+    pixels = sum(score.predicted + score.true for score in scores) if present else 0
     return LabelScores(
         dice=float(np.mean([score.dice for score in scores])),
         dice_present=_mean([score.dice for score in present]),
-        dice_pooled=2 * sum(score.intersection for score in scores) / pixels if pixels else 1.0,
+        dice_pooled=2 * sum(score.intersection for score in scores) / pixels if pixels else None,
         iou=_mean([score.iou for score in present]),
         hausdorff95=_mean([score.hausdorff95 for score in present]),
         surface_dice=_mean([score.surface_dice for score in present]),

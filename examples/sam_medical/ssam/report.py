@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from ssam.data.base import Sample
 from ssam.files import replacing_file
 from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores
-from ssam.statistics import Comparison, dice_by_case, interval
+from ssam.statistics import Case, Comparison, dice_by_case, interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,8 +44,8 @@ def score_table(
     return COLUMNS, rows
 
 
-def _cells(dice: float, dice_of_cases: Mapping[str, float], score: LabelScores) -> list[str]:
-    return [f"{dice:.4f}", format_interval(interval([*dice_of_cases.values()])), *cells_beside_dice(score, ".4f")]
+def _cells(dice: float, dice_of_cases: Mapping[str, Case], score: LabelScores) -> list[str]:
+    return [f"{dice:.4f}", format_interval(interval(dice_of_cases.values())), *cells_beside_dice(score, ".4f")]
 
 
 def cells_beside_dice(score: LabelScores, form: str) -> list[str]:
@@ -74,6 +75,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def write_table(columns: Sequence[str], rows: Iterable[Sequence[str]], path: Path) -> None:
+    """The table as CSV."""
+    with replacing_file(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
 def format_comparison(comparison: Comparison, other: str) -> str:
     return (
         f"Dice {format_difference(comparison)} beside {other}, p = {comparison.p_value:.2g} (paired permutation test, "
@@ -90,7 +97,7 @@ def format_difference(comparison: Comparison) -> str:
 def scores_as_json(scores: dict[str, LabelScores], masks: Sequence[MaskScore]) -> dict[str, Any]:
     return {
         "mean_dice": mean_dice(scores),
-        "mean_dice_interval": interval([*dice_by_case(masks).values()]),
+        "mean_dice_interval": interval(dice_by_case(masks).values()),
         "labels": {label: asdict(score) for label, score in scores.items()},
     }
 

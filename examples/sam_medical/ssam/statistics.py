@@ -6,7 +6,7 @@ That is patients, volumes or videos where the dataset tells them apart, and othe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class Comparison:
     """Of one method's Dice with another's, case by case.
 
     Attributes:
-        difference: Mean over cases of the first's Dice less the other's.
+        difference: Mean over images of the first's Dice less the other's.
         low, high: Bootstrap interval of the difference; None for a single case.
         p_value: Of a two-sided paired permutation test of the mean difference; 1 for a single case.
         cases: How many both have.
@@ -38,24 +38,42 @@ class Comparison:
     cases: int
 
 
-def dice_by_case(scores: Iterable[MaskScore]) -> dict[str, float]:
-    """Each case's Dice: the mean over its images of what an image has over its labels, and over runs where there are
-    several."""
-    values = defaultdict(list)
+@dataclass(frozen=True)
+class Case:
+    """What is drawn or flipped as one.
+
+    Attributes:
+        total: The sum over its images of each one's Dice, or difference of Dice.
+        images: How many it has.
+    """
+
+    total: float
+    images: int
+
+
+def dice_by_case(scores: Iterable[MaskScore]) -> dict[str, Case]:
+    """The cases by name; an image's Dice is the mean over its labels, and over runs where there are several."""
+    values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
-        values[score.group or score.image].append(score.dice)
-    return {case: float(np.mean(dice)) for case, dice in values.items()}
+        values[score.group or score.image][score.image].append(score.dice)
+    return {
+        name: Case(sum(float(np.mean(dice)) for dice in images.values()), len(images))
+        for name, images in values.items()
+    }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of a mean, the same from one call to the next; None for a single value."""
-    if len(values) < 2:
+def interval(cases: Collection[Case]) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval of the mean over images, the same from one call to the next; None for one case."""
+    if len(cases) < 2:
         return None
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+    totals, images = np.array([case.total for case in cases]), np.array([case.images for case in cases])
+    means = totals / images
+    if np.ptp(means) == 0:
+        return float(means[0]), float(means[0])
     result = stats.bootstrap(
-        (values,),
-        np.mean,
+        (totals, images),
+        _mean_over_images,
+        paired=True,
         n_resamples=RESAMPLES,
         batch=RESAMPLES_AT_ONCE,
         confidence_level=CONFIDENCE,
@@ -79,19 +97,25 @@ def compare(scores: Sequence[MaskScore], other: Sequence[MaskScore]) -> Comparis
             "both on the same split."
         )
     first, second = dice_by_case(scores), dice_by_case(other)
-    differences = np.array([first[case] - second[case] for case in first])
-    difference, bounds = float(differences.mean()), interval(differences.tolist())
+    differences = [Case(case.total - second[name].total, case.images) for name, case in first.items()]
+    totals, bounds = np.array([case.total for case in differences]), interval(differences)
+    difference = float(totals.sum() / sum(case.images for case in differences))
     if bounds is None:
         return Comparison(difference, None, None, 1.0, len(differences))
+    # The number of images stays, so that flipping sums is flipping means.
     test = stats.permutation_test(
-        (differences,),
-        np.mean,
+        (totals,),
+        np.sum,
         permutation_type="samples",
         n_resamples=RESAMPLES,
         batch=RESAMPLES_AT_ONCE,
         random_state=np.random.default_rng(0),
     )
     return Comparison(difference, *bounds, float(test.pvalue), len(differences))
+
+
+def _mean_over_images(totals: np.ndarray, images: np.ndarray, axis: int) -> np.ndarray:
+    return totals.sum(axis=axis) / images.sum(axis=axis)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
