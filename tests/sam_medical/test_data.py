@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ssam.data import open_dataset
 from ssam.data.augmentation import AUGMENTATIONS
 from ssam.data.base import read_image
 from ssam.data.brain_mri import slices_of
-from ssam.data.loading import TrainingSampler, training_loader
+from ssam.data.loading import TrainingSampler, spread, thinned, training_loader
 from ssam.errors import UserError
 
 
@@ -153,6 +154,28 @@ def test_sampler_shuffles_whole_epochs_and_can_begin_anywhere():
     assert [index for _, index in whole[:5]] != [index for _, index in whole[5:10]]
     assert list(TrainingSampler(images=5, seed=3, first=7, last=12)) == whole[7:]
     assert list(TrainingSampler(images=5, seed=4, first=0, last=12)) != whole
+
+
+def test_fewer_images_are_spread_from_the_first_to_the_last():
+    images = list("abcdefghij")
+    assert spread(images, 4) == ["a", "d", "g", "j"] and spread(images, 0) == []
+    assert thinned(images, 10) is thinned(images, 99) is thinned(images, None) is images
+
+
+def test_an_image_that_is_not_kept_is_read_again_and_is_the_same(glas_folder):
+    dataset = open_dataset("glas", str(glas_folder), "train")
+    reads = []
+    read, dataset.read = dataset.read, lambda index: reads.append(index) or read(index)
+
+    def two_epochs(**keeping):
+        reads.clear()
+        return [batch["images"] for batch in training_loader(dataset, 32, 2, "upright", 0, 0, 12, **keeping)]
+
+    kept = two_epochs()
+    assert sorted(reads) == list(range(6))
+    for image, again in zip(kept, two_epochs(kept_bytes=0), strict=True):
+        assert torch.equal(image, again)
+    assert len(reads) == 12
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

@@ -32,6 +32,7 @@ class Method:
         prompts: What SAM's decoder is prompted with: "text", "none", "image", "point" or "box".
         adapter: From the model and the expression of the encoder's layers, PEFT's configuration.
         insert: Puts into the model what PEFT has no configuration for; gets the number of labels, too.
+        inserts_at_targets: Whether it does so at the layers of the expression.
         trained: Parts of the model that are trained whole; see `PARTS`.
         biases: Whether the encoder's biases are trained.
         loss: A loss of `ssam.losses`.
@@ -45,6 +46,7 @@ class Method:
     prompts: str = "text"
     adapter: Callable[[PromptedSam, str], PeftConfig] | None = None
     insert: Callable[[PromptedSam, int, str], None] | None = None
+    inserts_at_targets: bool = False
     trained: tuple[str, ...] = ()
     biases: bool = False
     loss: str = "focal-dice"
@@ -74,7 +76,7 @@ class Method:
 
     @property
     def takes_target_modules(self) -> bool:
-        return self.adapter is not None or self.insert is insert_salt
+        return self.adapter is not None or self.inserts_at_targets
 
 
 def _encoder_modules(*types: type[nn.Module]) -> Callable[[PromptedSam], list[str]]:
@@ -149,10 +151,12 @@ METHODS: dict[str, Method] = {
         "SALT (arXiv:2503.16055)",
         departs="a quarter of the singular values and rank 4; norms, positions and text affine layer as S-SAM's",
         insert=insert_salt,
+        inserts_at_targets=True,
         trained=WITH_ENCODER,
         learning_rate=2e-3,
     ),
     "lora": Method("LoRA r=8", LORA, AS_SSAM, adapter=lora(8), trained=WITH_ENCODER, learning_rate=2e-3),
+    "lora-r1": Method("LoRA r=1", LORA, AS_SSAM, adapter=lora(1), trained=WITH_ENCODER, learning_rate=2e-3),
     "lora-r2": Method("LoRA r=2", LORA, AS_SSAM, adapter=lora(2), trained=WITH_ENCODER, learning_rate=2e-3),
     "samed": Method(
         "SAMed",
@@ -201,8 +205,18 @@ METHODS: dict[str, Method] = {
         learning_rate=2e-4,
     ),
     "zero-shot-text": Method("zero-shot, text", "SAM with an untrained text affine layer"),
-    "zero-shot-point": Method("zero-shot, point", "SAM with a point in each label", prompts="point"),
-    "zero-shot-box": Method("zero-shot, box", "SAM with the box around each label", prompts="box"),
+    "zero-shot-point": Method(
+        "zero-shot, point",
+        "SAM with a point in each label",
+        departs="one point for all of a label's parts in an image",
+        prompts="point",
+    ),
+    "zero-shot-box": Method(
+        "zero-shot, box",
+        "SAM with the box around each label",
+        departs="one box around all of a label's parts in an image",
+        prompts="box",
+    ),
     "u-net": Method("U-Net", "U-Net (arXiv:1505.04597), MONAI's", network="u-net", learning_rate=2e-3),
     "u-net-cldice": Method(
         "U-Net, clDice", "clDice (arXiv:2003.07311), MONAI's", network="u-net", loss="dice-cldice", learning_rate=2e-3

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ssam.data.base import Sample, SegmentationDataset, check_same_size, read_image, read_mask, require_folder
+from ssam.data.base import TURNS, Sample, SegmentationDataset, check_same_size, read_image, read_mask, require_folder
 from ssam.errors import UserError
 
 LABELS = {"liver": "livermask", "tumor": "lesionmask"}
 SLICE = re.compile(r"volume-(\d+)_(\d+)\.png$")
 HOLDING = "volume-0_0.png and so on, or dataset_6"
-# Of ten in turn; patients are numbered in no particular order.
-TURNS = {"train": (0, 1, 2, 4, 5, 6, 8), "validation": (3,), "test": (7, 9)}
 
 
 class LitsPng(SegmentationDataset):
@@ -30,14 +28,8 @@ class LitsPng(SegmentationDataset):
     def __init__(self, root: Path | None, split: str) -> None:
         super().__init__(root, split)
         root = require_folder(root, "lits-png", HOLDING)
-        folders = [root, root / "dataset_6", root / "dataset_6" / "dataset_6"]
-        slices = sorted(
-            ((int(match[1]), int(match[2])), path)
-            for folder in folders
-            if folder.is_dir()
-            for path in folder.iterdir()
-            if (match := SLICE.fullmatch(path.name))
-        )
+        folders = (root / "dataset_6" / "dataset_6", root / "dataset_6", root)
+        slices = next((found for folder in folders if (found := _slices_in(folder))), [])
         turns = TURNS[split.removeprefix("parity-")]
         if split.startswith("parity-"):
             order = np.random.default_rng(0).permutation(len(slices))
@@ -68,6 +60,15 @@ class LitsPng(SegmentationDataset):
             masks.append(mask)
         stem = self.images[index].stem
         return Sample(stem, image, np.stack(masks), group=stem.rsplit("_", 1)[0])
+
+
+def _slices_in(folder: Path) -> list[tuple[tuple[int, int], Path]]:
+    """The patient and number of each slice in a folder, and its file, in their order; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        ((int(match[1]), int(match[2])), path) for path in folder.iterdir() if (match := SLICE.fullmatch(path.name))
+    )
 
 
 def _masks_of(image: Path) -> list[Path]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from ssam.data.base import (
     EXTENSIONS,
+    TURNS,
     Sample,
     SegmentationDataset,
     check_same_size,
@@ -44,7 +45,6 @@ from ssam.data.nifti import (
 )
 from ssam.errors import UserError
 
-TURNS = {"train": (0, 1, 2, 4, 5, 6, 8), "validation": (3,), "test": (7, 9)}
 HOLDING = "images, masks and labels.json"
 
 
