@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from PIL import Image
 
 import compare
 from ssam import comparison
-from ssam.comparison import Bench, last_line
+from ssam.comparison import Bench, Cell, last_line
+from ssam.comparison_report import Row, comparison_table
 from ssam.errors import UserError
-from ssam.metrics import MaskScore, read_scores, write_scores
+from ssam.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
 from ssam.options import CompareOptions
 
 RATES = (0.0015, 0.005, 0.015)
@@ -226,6 +228,27 @@ def test_ctrl_c_lets_the_run_save_its_state_and_starts_no_other(options, tmp_pat
     assert process.returncode and "Stopped; the same command goes on from here." in error
     assert "repeat the command with --resume" in (cell / "log.txt").read_text()
     assert not cell.with_name("seed-1").exists()
+
+
+def test_where_images_are_blank_the_difference_stands_also_without_them():
+    """One method finds the liver and alarms where there is none, the other draws nothing anywhere."""
+
+    def row(method, intersection, predicted, alarm):
+        scores = [MaskScore("a", "liver", intersection, predicted, 100), MaskScore("b", "liver", 0, alarm, 0)]
+        scores += [MaskScore("c", "liver", intersection, predicted, 100)]
+        by_label = score_labels(scores, ["liver"])
+        dice = by_label["liver"].dice
+        return Row(method, [Cell(method, 1, 0, 0.005)], [dice], scores, mean_scores(by_label), {}, 10, 1.0, None)
+
+    rows = [row("s-sam", 80, 100, 9), row("lora", 0, 0, 0)]
+    columns, table = comparison_table(SimpleNamespace(describe_rate=lambda cell: ""), rows)
+    lora = dict(zip(columns, table[1], strict=True))
+    assert lora["Dice less S-SAM's"].startswith(f"{1 / 3 - 2 * 0.8 / 3:+.4f}")
+    assert lora["present less S-SAM's"].startswith("-0.8000")
+
+    everywhere = [replace(r, scores=[score for score in r.scores if score.true]) for r in rows]
+    columns, table = comparison_table(SimpleNamespace(describe_rate=lambda cell: ""), everywhere)
+    assert "present less S-SAM's" not in columns and all(len(line) == len(columns) for line in table)
 
 
 def test_what_a_run_said_last():

@@ -32,7 +32,8 @@ from ssam.report import (
 )
 from ssam.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
 
-DIFFERENCE = "Dice less the first's"
+FIRST = "the first"
+PRESENT_DIFFERENCE = f"present less {FIRST}'s"
 COLUMNS = (
     "method",
     "expert's hints",
@@ -41,8 +42,9 @@ COLUMNS = (
     "least - most of seeds",
     "95 % interval",
     *COLUMNS_BESIDE_DICE,
-    DIFFERENCE,
+    f"Dice less {FIRST}'s",
     "p (Holm)",
+    PRESENT_DIFFERENCE,
     "learning rate",
     "seconds a run",
     "peak memory, GB",
@@ -86,10 +88,7 @@ def write_report(bench: Bench, folder: Path) -> str:
         text = "No method has finished a seed.\n" + _failures(bench)
         write_text(folder / "README.md", text)
         return text
-    comparisons = _comparisons(rows)
-    first = METHODS[rows[0].method].title
-    columns = [f"Dice less {first}'s" if column == DIFFERENCE else column for column in COLUMNS]
-    table = [_cells(bench, row, comparisons.get(row.method)) for row in rows]
+    columns, table = comparison_table(bench, rows)
     write_table(columns, table, folder / "table.csv")
     write_text(folder / "README.md", _text(bench, rows, markdown_table(columns, table)))
     _draw_trained_values(rows, folder / "trained_values.png")
@@ -128,7 +127,20 @@ def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
     return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
 
 
-def _cells(bench: Bench, row: Row, comparison: Comparison | None) -> list[str]:
+def comparison_table(bench: Bench, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; where every image has every label, without the column that would repeat another."""
+    comparisons = _comparisons(rows)
+    first = METHODS[rows[0].method].title
+    columns = [column.replace(FIRST, first) for column in COLUMNS]
+    table = [_cells(bench, row, rows[0], comparisons.get(row.method)) for row in rows]
+    if all(score.true for score in rows[0].scores):
+        repeated = COLUMNS.index(PRESENT_DIFFERENCE)
+        for line in (columns, *table):
+            del line[repeated]
+    return columns, table
+
+
+def _cells(bench: Bench, row: Row, first: Row, comparison: Comparison | None) -> list[str]:
     method = METHODS[row.method]
     return [
         method.title,
@@ -140,10 +152,15 @@ def _cells(bench: Bench, row: Row, comparison: Comparison | None) -> list[str]:
         *cells_beside_dice(row.labels, ".3f"),
         "" if comparison is None else format_difference(comparison),
         "" if comparison is None else f"{comparison.p_value:.2g}",
+        "" if comparison is None else format_difference(compare(_present(row.scores), _present(first.scores))),
         ", ".join(dict.fromkeys(map(bench.describe_rate, row.cells))) if method.learns else "",
         f"{row.seconds:.0f}",
         "-" if row.memory is None else f"{row.memory / 1e9:.1f}",
     ]
+
+
+def _present(scores: Sequence[MaskScore]) -> list[MaskScore]:
+    return [score for score in scores if score.true]
 
 
 def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
