@@ -10,6 +10,7 @@ tests the difference from another method's scores, case by case:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,10 +18,10 @@ from accelerate import Accelerator
 from ssam.adapter import load_adapter, read_task
 from ssam.data import open_dataset
 from ssam.data.loading import evaluation_loader
-from ssam.errors import one_line_errors
+from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
 from ssam.files import write_json, write_text
-from ssam.metrics import read_scores, score_labels, write_scores
+from ssam.metrics import MaskScore, read_scores, score_labels, write_scores
 from ssam.options import EvaluateOptions, parse_options
 from ssam.report import (
     draw_overlays,
@@ -42,6 +43,8 @@ def main() -> None:
     task = read_task(Path(options.adapter))
     dataset = open_dataset(options.dataset or task.dataset, options.data_root, options.split, list(task.labels))
     other = read_scores(Path(options.against)) if options.against else None
+    if other is not None:
+        check_comparable(other, task.labels, len(dataset), Path(options.against or ""))
     model, task = load_adapter(Path(options.adapter), options.backbone)
 
     accelerator = Accelerator(mixed_precision="no")
@@ -51,6 +54,7 @@ def main() -> None:
     masks = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
     if accelerator.is_main_process:
         scores = score_labels(masks, task.labels)
+        print(format_table(scores, masks))
         if options.output:
             content = {options.split: scores_as_json(scores, masks), "adapter": options.adapter}
             write_json(Path(options.output), content)
@@ -60,13 +64,22 @@ def main() -> None:
             write_text(Path(options.markdown), markdown_table(*score_table(scores, masks)))
         if options.scores:
             write_scores(masks, Path(options.scores))
-        print(format_table(scores, masks))
         if options.against and other is not None:
             print(format_comparison(compare(masks, other), options.against))
         if options.overlays:
             images = evaluation_loader(dataset, task.image_size, batch_size=1)
             draw_overlays(predict_masks(model, images), task.labels, Path(options.overlays))
     end_together(accelerator)
+
+
+def check_comparable(other: Sequence[MaskScore], labels: Sequence[str], images: int, path: Path) -> None:
+    """Raises a `UserError` if another method's scores cannot be of the same split, before anything is evaluated."""
+    other_labels, other_images = {score.label for score in other}, len({score.image for score in other})
+    if other_labels != set(labels) or other_images != images:
+        raise UserError(
+            f"{path} is of {other_images} images and of {', '.join(sorted(other_labels))}, this evaluation of "
+            f"{images} and of {', '.join(sorted(labels))}; give the scores of the same split."
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ssam.data.loading import training_loader
 from ssam.errors import one_line_errors
 from ssam.losses import build_loss
 from ssam.methods import METHODS
-from ssam.options import TrainOptions, option, parse_options
+from ssam.options import TrainOptions, option, parse_options, require
 from ssam.report import markdown_table
 from ssam.runtime import prepare_process
 from ssam.text import encode_labels
@@ -39,6 +39,11 @@ class GradientOptions(TrainOptions):
     """Measure how much of the gradient each kind of adapter can follow."""
 
     batches: int = option(8, "Batches that the gradient is summed over.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "batches", self.batches >= 1, "must be at least 1")
+        require(self, "method", self.method == "s-sam", "must be s-sam, whose layers are looked at")
 
 
 class Gradient:
@@ -107,7 +112,14 @@ def main() -> None:
     prepare_process()
     set_seed(options.seed)
     dataset = open_dataset(options.dataset, options.data_root, "train", options.labels)
-    task = Task(options.dataset, tuple(dataset.labels), options.backbone, options.image_size, options.text_encoder)
+    task = Task(
+        dataset=options.dataset,
+        labels=tuple(dataset.labels),
+        backbone=options.backbone,
+        image_size=options.image_size,
+        text_encoder=options.text_encoder,
+        target_modules=options.target_modules,
+    )
     model, _ = build_model(task, encode_labels(options.text_encoder, task.labels))
     layers = [
         module

@@ -55,8 +55,6 @@ def main() -> None:
     set_seed(options.seed)
 
     splits = open_splits(options.dataset, options.data_root, options.labels)
-    data = check_images(splits)
-
     task = Task(
         dataset=options.dataset,
         labels=tuple(splits["train"].labels),
@@ -69,6 +67,7 @@ def main() -> None:
     uses_text = METHODS[task.method].needs_text
     text_embeddings = encode_labels(task.text_encoder, task.labels) if uses_text else None
     model, task = build_model(task, text_embeddings)
+    data = check_images(splits)
 
     progress = train(accelerator, model, text_embeddings, splits, data, task, options, started)
     if progress.step < options.steps:

@@ -166,6 +166,10 @@ def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path)
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
         ({"backbone": tmp_path}, "holds a model of type None, and not 'sam'"),
+        (
+            {"dataset": "brain-mri"},
+            "brain-mri takes no --data-root, since nilearn carries it; give --dataset own",
+        ),
         ({"seed": -1}, "error: seed is -1, but it must not be negative"),
         ({"stepps": 3}, "error: unrecognized arguments: --stepps 3"),
         ({"data_root": tmp_path / "nowhere"}, "error: there is no folder"),
@@ -305,7 +309,7 @@ def test_a_killed_run_goes_on_from_its_last_validation_with_the_same_losses(meth
     assert histories[1]["validations"] == [[step, pytest.approx(dice)] for step, dice in histories[0]["validations"]]
 
 
-def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, capsys):
+def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, capsys, monkeypatch):
     run(train, **options)
     run(train, **{**options, "output_dir": tmp_path / "other"}, method="zero-shot-text")
     arguments = {"adapter": tmp_path / "run" / "adapter", "data_root": options["data_root"]}
@@ -320,8 +324,25 @@ def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, c
     others = [score.dice for score in read_scores(tmp_path / "other" / "scores.csv")]
     assert np.mean(rows) == pytest.approx(dice)
     assert f"Dice {np.mean(rows) - np.mean(others):+.4f}" in printed and "p = " in printed
-    with pytest.raises(SystemExit, match=r"table\.md does not hold an evaluation's scores"):
-        run(evaluate, **arguments, output=files["output"], against=files["markdown"])
+    for wrong, message in {
+        "table.md": r"table\.md does not hold the scores of images; .* or what evaluate\.py --scores",
+        "nowhere.csv": r"nowhere\.csv cannot be read; give a run's scores\.csv",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run(evaluate, **arguments, against=tmp_path / wrong)
+
+    def nothing_may_be_scored(*_, **__):
+        raise AssertionError("it has begun to evaluate")
+
+    monkeypatch.setattr(evaluate, "evaluate", nothing_may_be_scored)
+    first_row = "".join(files["scores"].read_text().splitlines(keepends=True)[:2])
+    (tmp_path / "one.csv").write_text(first_row)
+    with pytest.raises(SystemExit, match=r"one\.csv is of 1 images and of glands, this evaluation of 2 and of glands"):
+        run(evaluate, **arguments, against=tmp_path / "one.csv")
+    with pytest.raises(SystemExit, match=r"csv is '.*', but it must be a file, in a folder or one that can be made"):
+        run(evaluate, **arguments, csv=tmp_path)
+    with pytest.raises(SystemExit, match=r"output is '.*', but it must be a folder, or one that can be made"):
+        run(predict, adapter=arguments["adapter"], images=tmp_path, output=files["csv"] / "masks")
 
 
 def test_a_method_that_needs_an_expert_does_not_predict_by_itself(run, options, tmp_path):

@@ -383,8 +383,11 @@ class TestOwnData:
         save(folder / "masks" / "scan0.png", green)
         with pytest.raises(UserError, match=r"scan0\.png is a mask in colours; save it with one channel"):
             open_dataset("own", str(folder), "train")[0]
-        (folder / "masks" / "scan0.png").unlink()
-        with pytest.raises(UserError, match=r"Scan0\.png has no mask scan0"):
+        (folder / "masks" / "scan0.png").rename(folder / "masks" / "scan0_mask.png")
+        with pytest.raises(UserError, match=r"Scan0\.png has no mask scan0 .* and there is scan0_mask\.png"):
+            open_dataset("own", str(folder), "train")
+        (folder / "labels.json").write_text('{"vessel": 7, "../cyst": 1}')
+        with pytest.raises(UserError, match=r"has the label '\.\./cyst'; a label's name is also a folder's"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": "7"}')
         with pytest.raises(UserError, match=r"labels\.json must give each label a whole number"):
@@ -392,6 +395,22 @@ class TestOwnData:
         (folder / "labels.json").unlink()
         with pytest.raises(UserError, match=r"the labels of .*masks are unknown: put a labels\.json beside it"):
             open_dataset("own", str(folder), "train")
+
+
+def test_folders_that_are_not_there_or_too_small_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match=r"holds no folder images; add it, with the images"):
+        open_dataset("own", str(tmp_path), "train")
+    for number in range(5):
+        save(tmp_path / "images" / f"{number}.png", grey())
+    with pytest.raises(UserError, match=r"holds no folder masks; add it, with a mask for each, or a folder for each"):
+        open_dataset("own", str(tmp_path), "train")
+    for number in range(5):
+        save(tmp_path / "masks" / "cyst" / f"{number}.png", grey())
+    with pytest.raises(UserError, match=r"holds 5 images, too few for the split test: give ten, or folders train"):
+        open_dataset("own", str(tmp_path), "test")
+    (tmp_path / "labels.json").write_text('{"cyst": 1}')
+    with pytest.raises(UserError, match=r"0\.png has no mask 0 in .*: remove it to use folders of masks"):
+        open_dataset("own", str(tmp_path), "train")
 
 
 def test_a_data_folder_is_summarised_before_anyone_trains(glas_folder, tmp_path):

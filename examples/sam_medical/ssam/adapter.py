@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
+from ssam.data.base import require_label_name
 from ssam.errors import UserError, first_line
 from ssam.files import write_json
 from ssam.methods import METHODS, Method
@@ -215,6 +216,8 @@ def read_task(folder: Path) -> Task:
         raise UserError(f"{path} must be JSON with the keys {expected}.") from error
     if task.method not in METHODS:
         raise UserError(f"{path} has the unknown method {task.method!r}; the methods are {', '.join(METHODS)}.")
+    for label in task.labels:
+        require_label_name(label, path)
     needed = [weights_file_of(task)]
     needed += ["adapter_config.json"] if METHODS[task.method].adapter else []
     needed += [TEXT_FILE] if METHODS[task.method].needs_text else []

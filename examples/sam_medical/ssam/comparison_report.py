@@ -166,6 +166,8 @@ def _present(scores: Sequence[MaskScore]) -> list[MaskScore]:
 def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
     options = bench.options
     metrics = bench.metrics(rows[0].cells[0])
+    cases = len(dice_by_case(rows[0].scores))
+    least_p = 2 / min(RESAMPLES + 1, 2**cases) * max(1, len(rows) - 1)
     environment = ", ".join(f"{name} {value}" for name, value in metrics["environment"].items())
     splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in metrics["data"].items())
     parts = [
@@ -180,11 +182,10 @@ def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
         table,
         "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds"
         f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are over "
-        f"{len(dice_by_case(rows[0].scores))} cases (patients, volumes or videos where the dataset "
+        f"{cases} cases (patients, volumes or videos where the dataset "
         "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
-        f"Holm's correction, which can give no less than {2 * max(1, len(rows) - 1) / (RESAMPLES + 1):.2g}. HD95 in "
-        "pixels of the images' own size; surface Dice within 1 % of the diagonal. Methods with hints are told, in "
-        "every image, which labels are there, and where.",
+        f"Holm's correction, which can give no less than {min(1, least_p):.2g}. HD95 in pixels of the images' own "
+        f"size; surface Dice within 1 % of the diagonal.{_hints(rows)}",
         *_departures(rows),
         "![trained values against Dice](trained_values.png)",
         "![validation Dice](curves.png)",
@@ -207,6 +208,12 @@ def _dice_of_blanks(scores: LabelScores) -> str:
     """What the paper's Dice gives for nothing, where labels are absent from some images."""
     absent = 1 - scores.images_present / scores.images
     return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
+
+
+def _hints(rows: Sequence[Row]) -> str:
+    if not any(METHODS[row.method].needs_expert for row in rows):
+        return ""
+    return " Methods with hints are told, in every image, which labels are there, and where."
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:

@@ -17,7 +17,7 @@ def first_line(error: Exception) -> str:
 
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Ends a command with the message alone, and no traceback, when it raises a `UserError`."""
+    """Ends a command with the message alone, and no traceback, when it raises a `UserError` or at Ctrl-C."""
 
     @wraps(main)
     def wrapped() -> None:
@@ -25,5 +25,8 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped

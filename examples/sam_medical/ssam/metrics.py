@@ -151,8 +151,9 @@ def read_scores(path: Path) -> list[MaskScore]:
         with path.open(newline="") as file:
             return [_from_row(row) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError) as error:
+        problem = "cannot be read" if isinstance(error, OSError) else "does not hold the scores of images"
         raise UserError(
-            f"{path} does not hold an evaluation's scores ({error!r}); write it with evaluate.py."
+            f"{path} {problem}; give a run's scores.csv, or what evaluate.py --scores has written."
         ) from error
 
 

@@ -172,6 +172,11 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
+        for name in ("output", "csv", "markdown", "scores"):
+            path = getattr(self, name)
+            can_be = path is None or not (Path(path).is_dir() or _is_below_a_file(Path(path)))
+            require(self, name, can_be, "must be a file, in a folder or one that can be made")
+        _require_folder_to_be(self, "overlays")
 
 
 @dataclass
@@ -188,6 +193,7 @@ class PredictOptions:
         require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
         require(self, "images", bool(self.images), "must be given, a folder of images")
         require(self, "output", bool(self.output), "must be given, a folder for the masks")
+        _require_folder_to_be(self, "output")
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
 
 
@@ -247,6 +253,16 @@ def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return {key: parsed[key] for key in content}
+
+
+def _require_folder_to_be(options: object, name: str) -> None:
+    path = getattr(options, name)
+    can_be = path is None or not (Path(path).is_file() or _is_below_a_file(Path(path)))
+    require(options, name, can_be, "must be a folder, or one that can be made")
+
+
+def _is_below_a_file(path: Path) -> bool:
+    return any(parent.is_file() for parent in path.parents)
 
 
 def require(options: object, name: str, holds: bool, rule: str) -> None:

@@ -66,6 +66,7 @@ def train(
         progress.step = options.steps
         validation.run(tuned_model.to(accelerator.device), progress)
         progress.seconds = time.monotonic() - started
+        _write_history(accelerator, progress, Path(options.output_dir))
     return progress
 
 
@@ -97,11 +98,9 @@ class Validation:
         of_labels = {f"validation Dice of {label}": score.dice for label, score in scores.items()}
         accelerator.log({"validation Dice": dice, **of_labels}, step=progress.step)
         is_best = progress.add_validation(dice, scores)
-        if accelerator.is_main_process:
-            write_json(self._output / "history.json", progress.history)
-            if is_best:
-                with replacing_folder(self._output / "adapter") as folder:
-                    save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
+        if is_best and accelerator.is_main_process:
+            with replacing_folder(self._output / "adapter") as folder:
+                save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
         accelerator.wait_for_everyone()
 
 
@@ -151,7 +150,8 @@ def _train_steps(
             progress.add_step(loss)
             accelerator.log({"loss": loss, "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", best_dice=f"{progress.best_dice:.3f}")
+            best = f"{progress.best_dice:.3f}" if progress.validations else "none yet"
+            bar.set_postfix(loss=f"{loss:.3f}", best_dice=best)
 
             is_time_to_validate = progress.step % options.validate_every == 0 or progress.step == options.steps
             if is_time_to_validate:
@@ -162,8 +162,14 @@ def _train_steps(
             if is_time_to_validate or is_interrupted:
                 progress.seconds = time.monotonic() - started
                 save_state(accelerator, checkpoint, run)
+                _write_history(accelerator, progress, checkpoint.parent)
             if is_interrupted:
                 break
+
+
+def _write_history(accelerator: Accelerator, progress: Progress, output: Path) -> None:
+    if accelerator.is_main_process:
+        write_json(output / "history.json", progress.history)
 
 
 def _prepare(

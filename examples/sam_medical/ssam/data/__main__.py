@@ -1,7 +1,6 @@
 """Shows what is in a data folder, before anyone trains on it.
 
-    cd examples/sam_medical
-    python -m ssam.data --dataset glas --data-root FOLDER [--sheet contact_sheet.png]
+    PYTHONPATH=examples/sam_medical python -m ssam.data --dataset glas --data-root FOLDER [--sheet contact_sheet.png]
 
 For each split: how many images, of which sizes, in how many each label is, and how much of the image it takes; and a
 picture of some images with their masks drawn.
@@ -67,19 +66,27 @@ def main() -> None:
     if options.dataset not in DATASETS:
         raise UserError(f"unknown dataset {options.dataset!r}; choose from {', '.join(sorted(DATASETS))}.")
     shown = {}
+    bad = 0
     for split in DATASETS[options.dataset].splits:
         try:
             dataset = open_dataset(options.dataset, options.data_root, split)
         except UserError as error:
             print(f"{split}: {error}\n")
             continue
-        print(summarize(dataset, split) + "\n")
+        try:
+            print(summarize(dataset, split) + "\n")
+        except UserError as error:
+            print(f"{split}: {error}\n")
+            bad += 1
+            continue
         shown[split] = (spread(dataset, SHOWN_A_SPLIT), dataset.labels)
     if not shown:
         raise UserError(f"no split of {options.dataset} can be read; see above.")
     if options.sheet:
         draw_contact_sheet(shown, Path(options.sheet))
         print(f"{options.sheet}")
+    if bad:
+        raise UserError(f"{bad} of the splits hold files that cannot be used; see above.")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,12 @@ def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Pa
         raise UserError(f"{mask_path} holds {some}, which belong to no label; known are {sorted(known)}.")
 
 
+def require_label_name(label: str, path: Path) -> None:
+    """Raises a UserError, naming the file, if a label cannot be a folder's name, which predict.py gives its masks."""
+    if label != label.strip() or label in ("", ".", "..") or "/" in label or "\\" in label:
+        raise UserError(f"{path} has the label {label!r}; a label's name is also a folder's, so it has no / or \\.")
+
+
 def open_image(path: Path) -> Image.Image:
     """An image file's pixels, or a UserError that names it."""
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ssam.data.base import Sample, SegmentationDataset
+from ssam.errors import UserError
 
 # Slabs in turn, each with its number of slices, and the slices left out between two of them.
 SLABS = (("train", 11), ("test", 5), ("train", 11), ("validation", 3))
@@ -35,6 +36,11 @@ class BrainMri(SegmentationDataset):
 
     def __init__(self, root: Path | None, split: str) -> None:
         super().__init__(root, split)
+        if root is not None:
+            raise UserError(
+                f"brain-mri takes no --data-root, since nilearn carries it; give --dataset own for images in {root}, "
+                "or the name of another dataset."
+            )
         self.t1, self.label_volumes = _load_volumes()
         self.slices = slices_of(split)
 

@@ -33,6 +33,7 @@ from ssam.data.base import (
     read_mask,
     require_folder,
     require_known_values,
+    require_label_name,
 )
 from ssam.data.nifti import (
     VOLUMES,
@@ -59,16 +60,20 @@ class OwnData(SegmentationDataset):
         if has_splits and not folder.is_dir():
             raise UserError(f"{root} has folders for its splits, but none for {split}; add {folder / 'images'}.")
         self.values = _read_label_values(folder, root)
-        self.mask_folder = require_folder(folder / "masks", "own", "a mask for each image, or a folder for each label")
+        for name, holding in (("images", "the images"), ("masks", "a mask for each, or a folder for each label")):
+            if not (folder / name).is_dir():
+                raise UserError(f"{folder} holds no folder {name}; add it, with {holding}.")
+        self.mask_folder = folder / "masks"
         all_masks = [root / name / "masks" for name in self.splits] if has_splits else [self.mask_folder]
         self.labels: Sequence[str] = tuple(self.values or _label_folders(all_masks))
-        images = files_by_stem(require_folder(folder / "images", "own", "the images"))
+        images = all_images = files_by_stem(folder / "images")
         if not has_splits:
             images = {stem: path for place, (stem, path) in enumerate(images.items()) if place % 10 in TURNS[split]}
         if not images:
+            kinds = ", ".join((*EXTENSIONS, *VOLUMES))
             raise UserError(
-                f"{folder / 'images'} holds no images for the split {split}; it may hold "
-                f"{', '.join((*EXTENSIONS, *VOLUMES))}, ten or more if there are no folders train and so on."
+                f"{folder / 'images'} holds {len(all_images)} images, too few for the split {split}: give ten, or "
+                f"folders train, validation and test. It may hold {kinds}."
             )
         # One a label, None where an image does not have it; or one for all labels.
         folders = [self.mask_folder] if self.values else [self.mask_folder / label for label in self.labels]
@@ -77,11 +82,19 @@ class OwnData(SegmentationDataset):
         for stem, image in images.items():
             of_image = [files.get(stem) for files in masks]
             if not any(of_image):
-                raise UserError(
-                    f"{image} has no mask {stem} in {self.mask_folder}; add it, blank if there is nothing to see, or "
-                    "remove the image."
-                )
+                raise UserError(f"{image} has no mask {stem} in {self.mask_folder}; {self._advice_on_missing_masks()}")
             self.items += [(image, of_image, number) for number in _slices(image, of_image)]
+
+    def _advice_on_missing_masks(self) -> str:
+        inner = sorted(path.name for path in self.mask_folder.iterdir() if not path.name.startswith("."))
+        if self.values and all((self.mask_folder / name).is_dir() for name in inner):
+            return "labels.json says that each image has one mask for all labels: remove it to use folders of masks."
+        return (
+            "add it, blank if there is nothing to see, or remove the image. A mask has its image's name, and there is "
+            f"{inner[0]}."
+            if inner
+            else "add it; there is none."
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -121,6 +134,8 @@ def _read_label_values(folder: Path, root: Path) -> dict[str, int]:
         raise UserError(
             f'{path} must give each label a whole number of its own above zero, {{"liver": 1, "tumor": 2}}.'
         )
+    for label in values:
+        require_label_name(label, path)
     return values
 
 
