@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def restore(folder: Path) -> None:
     """Puts back what `put_in_place` has moved away, if it was ended before the new folder was in place."""
     old = folder.with_name(f".old.{folder.name}")
     if old.is_dir() and not folder.exists():
-        old.rename(folder)
+        with suppress(FileNotFoundError):  # another process of the run was first
+            old.rename(folder)
 
 
 def remove(folder: Path) -> None:
