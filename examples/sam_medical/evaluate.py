@@ -42,9 +42,9 @@ def main() -> None:
     prepare_process()
     task = read_task(Path(options.adapter))
     dataset = open_dataset(options.dataset or task.dataset, options.data_root, options.split, list(task.labels))
-    other = read_scores(Path(options.against)) if options.against else None
-    if other is not None:
-        check_comparable(other, task.labels, len(dataset), Path(options.against or ""))
+    other = read_scores(Path(options.against)) if options.against else []
+    if options.against:
+        check_comparable(other, task.labels, len(dataset), options.against)
     model, task = load_adapter(Path(options.adapter), options.backbone)
 
     accelerator = Accelerator(mixed_precision="no")
@@ -64,7 +64,7 @@ def main() -> None:
             write_text(Path(options.markdown), markdown_table(*score_table(scores, masks)))
         if options.scores:
             write_scores(masks, Path(options.scores))
-        if options.against and other is not None:
+        if options.against:
             print(format_comparison(compare(masks, other), options.against))
         if options.overlays:
             images = evaluation_loader(dataset, task.image_size, batch_size=1)
@@ -72,7 +72,7 @@ def main() -> None:
     end_together(accelerator)
 
 
-def check_comparable(other: Sequence[MaskScore], labels: Sequence[str], images: int, path: Path) -> None:
+def check_comparable(other: Sequence[MaskScore], labels: Sequence[str], images: int, path: str) -> None:
     """Raises a `UserError` if another method's scores cannot be of the same split, before anything is evaluated."""
     other_labels, other_images = {score.label for score in other}, len({score.image for score in other})
     if other_labels != set(labels) or other_images != images:

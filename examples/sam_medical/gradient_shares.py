@@ -13,7 +13,6 @@ layers, and the same for the gradient about the mean input, sum_n g_n (x_n - mea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from accelerate.utils import set_seed
@@ -47,20 +46,22 @@ class GradientOptions(TrainOptions):
 
 
 class Gradient:
-    """Sums a linear layer's gradient over batches.
+    """Sums the gradient of a linear layer's weight over batches.
+
+    Args:
+        layer: The layer, tuned or not; an adapter must still be the identity, so that W' is W.
+        weight: W, (out, in).
 
     Attributes:
-        layer: A tuned layer, whose adapter is still the identity, so that W' is W.
         whole: sum_n g_n x_nᵀ, (out, in), in float64.
         inputs, outputs: sum_n x_n and sum_n g_n.
         rows: How many there were.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.whole: Tensor | float = 0.0
-        self.inputs: Tensor | float = 0.0
-        self.outputs: Tensor | float = 0.0
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        self.weight = weight
+        self.whole = torch.zeros_like(weight, dtype=torch.float64)
+        self.outputs, self.inputs = self.whole[:, 0].clone(), self.whole[0].clone()
         self.rows = 0
         layer.register_forward_hook(self._note)
 
@@ -69,8 +70,9 @@ class Gradient:
 
         def add(gradient: Tensor) -> None:
             g = gradient.flatten(0, -2).double()
-            self.whole = self.whole + g.mT @ x
-            self.inputs, self.outputs = self.inputs + x.sum(0), self.outputs + g.sum(0)
+            self.whole += g.mT @ x
+            self.inputs += x.sum(0)
+            self.outputs += g.sum(0)
             self.rows += len(x)
 
         output.register_hook(add)
@@ -78,9 +80,7 @@ class Gradient:
     @property
     def about_the_mean(self) -> Tensor:
         """sum_n g_n (x_n - mean x)ᵀ."""
-        return torch.as_tensor(self.whole) - torch.outer(
-            torch.as_tensor(self.outputs), torch.as_tensor(self.inputs) / self.rows
-        )
+        return self.whole - torch.outer(self.outputs, self.inputs / self.rows)
 
 
 def energies(gradient: Tensor, weight: Tensor) -> dict[str, float]:
@@ -121,21 +121,19 @@ def main() -> None:
         target_modules=options.target_modules,
     )
     model, _ = build_model(task, encode_labels(options.text_encoder, task.labels))
-    layers = [
-        module
+    gradients = [
+        Gradient(module, base.weight.detach())
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear)
+        if isinstance(module, BaseTunerLayer) and isinstance(base := module.get_base_layer(), nn.Linear)
     ]
-    gradients = [Gradient(layer) for layer in layers]
     loss_function = build_loss(METHODS[task.method].loss, options.focal_weight)
     last = options.batches * options.batch_size
     for batch in training_loader(
         dataset, options.image_size, options.batch_size, options.augmentation, options.seed, first=0, last=last
     ):
         loss_function(model(batch["images"], batch["masks"]), batch["masks"]).backward()
-    weights = [cast(nn.Linear, layer.get_base_layer()).weight.detach() for layer in layers]
-    whole = shares([(torch.as_tensor(g.whole), weight) for g, weight in zip(gradients, weights, strict=True)])
-    centred = shares([(g.about_the_mean, weight) for g, weight in zip(gradients, weights, strict=True)])
+    whole = shares([(gradient.whole, gradient.weight) for gradient in gradients])
+    centred = shares([(gradient.about_the_mean, gradient.weight) for gradient in gradients])
     rows = [[name, f"{whole[name]:.4f}", f"{centred[name]:.4f}"] for name in whole]
     print(markdown_table(["part", "of the gradient", "of it about the mean input"], rows))
 

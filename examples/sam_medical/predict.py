@@ -3,7 +3,7 @@
     python examples/sam_medical/predict.py --adapter runs/glas/adapter --images FOLDER --output FOLDER
 
 Writes for each image IMAGE one mask PNG (0 and 255, at the image's own size) a label: OUTPUT/LABEL/IMAGE.png; for each
-volume, NIfTI, one mask volume (0 and 1) a label: OUTPUT/LABEL/VOLUME.nii.gz.
+NIfTI VOLUME one mask volume (0 and 1) a label: OUTPUT/LABEL/VOLUME.nii.gz.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def test_a_gradient_along_the_singular_directions_is_all_s_sams():
 def test_the_gradient_is_autograds_and_about_the_mean_what_centred_inputs_would_give():
     torch.manual_seed(0)
     layer, inputs = nn.Linear(4, 3), torch.randn(2, 5, 4) + 7
-    gradient = Gradient(layer)
+    gradient = Gradient(layer, layer.weight.detach())
     for batch in inputs:
         layer(batch[None].requires_grad_()).square().sum().backward()
     torch.testing.assert_close(gradient.whole.float(), layer.weight.grad, rtol=1e-4, atol=1e-4)

@@ -99,9 +99,6 @@ class _Volumes:
     def _bytes(self) -> int:
         return sum(values.nbytes for values, _, _ in self._volumes.values())
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return _Volumes, (self._kept_bytes,)  # a worker process begins with none
-
 
 _VOLUMES = _Volumes(KEPT_BYTES)
 
