@@ -11,6 +11,7 @@ tests the difference from another method's scores, case by case:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -41,7 +42,10 @@ def main() -> None:
     options = parse_options(EvaluateOptions)
     prepare_process()
     task = read_task(Path(options.adapter))
-    dataset = open_dataset(options.dataset or task.dataset, options.data_root, options.split, list(task.labels))
+    reading = replace(task.reading, resample_masks=options.resample_masks)
+    dataset = open_dataset(
+        options.dataset or task.dataset, options.data_root, options.split, list(task.labels), reading
+    )
     other = read_scores(Path(options.against)) if options.against else []
     if options.against:
         check_comparable(other, task.labels, len(dataset), options.against)
@@ -49,11 +53,11 @@ def main() -> None:
 
     accelerator = Accelerator(mixed_precision="no")
     check_processes(accelerator)
-    loader = accelerator.prepare(evaluation_loader(dataset, task.image_size, options.batch_size))
+    loader = accelerator.prepare(evaluation_loader(dataset, task.framing, options.batch_size))
     model = model.to(accelerator.device)
     masks = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
     if accelerator.is_main_process:
-        scores = score_labels(masks, task.labels)
+        scores = score_labels(masks, task.labels, task.absent)
         print(format_table(scores, masks))
         if options.output:
             content = {options.split: scores_as_json(scores, masks), "adapter": options.adapter}
@@ -67,7 +71,7 @@ def main() -> None:
         if options.against:
             print(format_comparison(compare(masks, other), options.against))
         if options.overlays:
-            images = evaluation_loader(dataset, task.image_size, batch_size=1)
+            images = evaluation_loader(dataset, task.framing, batch_size=1)
             draw_overlays(predict_masks(model, images), task.labels, Path(options.overlays))
     end_together(accelerator)
 

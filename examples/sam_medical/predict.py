@@ -2,63 +2,137 @@
 
     python examples/sam_medical/predict.py --adapter runs/glas/adapter --images FOLDER --output FOLDER
 
-Writes for each image IMAGE one mask PNG (0 and 255, at the image's own size) a label: OUTPUT/LABEL/IMAGE.png; for each
-NIfTI VOLUME one mask volume (0 and 1) a label: OUTPUT/LABEL/VOLUME.nii.gz.
+--images is a file, a DICOM series, or a folder of them and of folders. What is written for each of them:
+
+- a picture: a mask PNG a label (0 and 255, at the picture's own size), OUTPUT/LABEL/NAME.png;
+- a stack of pictures: OUTPUT/LABEL/NAME.tif;
+- a volume or DICOM series: OUTPUT/LABEL/NAME.nii.gz (0 and 1), where its image lies in space;
+- DICOM, beside these: one DICOM SEG of all labels, OUTPUT/dicom-seg/NAME.dcm.
+
+What cannot be read is named at the end, and makes the exit code 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
-from PIL import Image
+from nibabel.affines import voxel_sizes
+from scipy import ndimage
+from torch import nn
 from tqdm import tqdm
 
-from ssam.adapter import load_adapter, read_task
-from ssam.data.folder import ImageFolder
+from ssam.adapter import Task, load_adapter, read_task
+from ssam.data.decoding import Scan
+from ssam.data.folder import Slices, sources_to_segment
 from ssam.data.loading import evaluation_loader
-from ssam.data.nifti import is_volume, without_suffix, write_mask_volume
-from ssam.errors import UserError, one_line_errors
-from ssam.evaluation import predict_masks
-from ssam.files import replacing_file
+from ssam.data.reading import scan_of
+from ssam.data.sources import Source
+from ssam.errors import UserError, first_line, one_line_errors
+from ssam.evaluation import predict_logits
+from ssam.files import write_json
 from ssam.methods import METHODS
 from ssam.options import PredictOptions, parse_options
 from ssam.runtime import prepare_process
+from ssam.writing import as_stored, write_dicom_seg, write_mask, write_probabilities
+
+NOT_ALL_READ = 3
+# What lies beside images and nobody would think to be one.
+TEXTS = (".csv", ".tsv", ".txt", ".json", ".md", ".xml", ".xlsx", ".pdf", ".yaml", ".yml", ".html", ".rtf", "")
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    model: nn.Module
+    task: Task
+    options: PredictOptions
+
+    def segment(self, source: Source) -> dict[str, Any]:
+        """Writes a source's masks; returns what the report says of it."""
+        started = time.monotonic()
+        slices = Slices(source, self.task.reading)
+        batches = evaluation_loader(slices, self.task.framing, self.options.batch_size)
+        logits = [logits.cpu() for _, logits in predict_logits(self.model, batches)]
+        probabilities = torch.sigmoid(torch.stack(logits, dim=1)).numpy()  # (K, N, H, W)
+        masks = probabilities > self.options.threshold
+        if self.options.largest_component:
+            masks = np.stack([_largest(mask) for mask in masks])
+        scan = scan_of(source)
+        problems = self._write(source, scan, masks, probabilities)
+        labels = {
+            label: _measure(scan, mask, probability)
+            for label, mask, probability in zip(self.task.labels, masks, probabilities, strict=True)
+        }
+        seconds = round(time.monotonic() - started, 3)
+        return {"file": str(source.path), "name": source.name, "seconds": seconds, "labels": labels, **problems}
+
+    def _write(self, source: Source, scan: Scan, masks: np.ndarray, probabilities: np.ndarray) -> dict[str, str]:
+        output, plane = Path(self.options.output), self.task.plane
+        for label, mask, probability in zip(self.task.labels, masks, probabilities, strict=True):
+            write_mask(scan, plane, mask, output / label / source.name)
+            if self.options.probabilities:
+                write_probabilities(scan, plane, probability, output / label / f"{source.name}_probability")
+        if not scan.files:
+            return {}
+        if scan.affine is not None:
+            masks = np.stack([as_stored(scan, plane, mask).transpose(2, 1, 0) for mask in masks])
+        try:
+            write_dicom_seg(scan, masks, self.task.labels, output / "dicom-seg" / source.name)
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            return {"no_dicom_seg": first_line(error)}
+        return {}
 
 
 @one_line_errors
 def main() -> None:
     options = parse_options(PredictOptions)
     prepare_process()
-    images = ImageFolder(Path(options.images))
+    sources, unknown = sources_to_segment(Path(options.images), skip=[Path(options.output)])
     method = METHODS[read_task(Path(options.adapter)).method]
     if method.needs_expert:
         raise UserError(f"{method.title} needs a {method.prompts} in each label, which images alone do not give.")
     model, task = load_adapter(Path(options.adapter), options.backbone)
-    device = Accelerator().device
-    batches = tqdm(evaluation_loader(images, task.image_size, options.batch_size), unit="batch")
-    predictions = predict_masks(model.to(device), batches)
-    pairs = zip(images.items, predictions, strict=True)
-    files = 0
-    for path, of_file in groupby(pairs, key=lambda pair: pair[0][0]):
-        slices = [masks for _, (_, masks) in of_file]
-        for label, masks_of_label in zip(task.labels, zip(*slices, strict=True), strict=True):
-            write_masks(path, masks_of_label, Path(options.output) / label)
-        files += 1
-    print(f"Wrote the masks of {files} files for {', '.join(task.labels)} to {options.output}.")
+    segmenter = Segmenter(model.to(Accelerator().device).eval(), task, options)
+    found: list[dict[str, Any]] = []
+    unread = [f"{path} is no image" for path in unknown if path.suffix.lower() not in TEXTS]
+    for source in tqdm(sources, unit="file", disable=None):
+        try:
+            found.append(segmenter.segment(source))
+        except UserError as error:
+            unread.append(str(error))
+    if options.report:
+        write_json(Path(options.report), {"files": found, "not_read": unread})
+    for entry in found:
+        if "no_dicom_seg" in entry:
+            print(f"note: {entry['file']} has masks, but no DICOM SEG: {entry['no_dicom_seg']}.", file=sys.stderr)
+    print(f"Wrote the masks of {len(found)} files for {', '.join(task.labels)} to {options.output}.")
+    if unread:
+        print(f"{len(unread)} files were not read:", *unread, sep="\n  ", file=sys.stderr)
+        sys.exit(NOT_ALL_READ)
 
 
-def write_masks(source: Path, masks: Sequence[np.ndarray], folder: Path) -> None:
-    """The mask of a picture, or those of a volume's slices, bool (H, W), under the name of what they are of."""
-    if is_volume(source):
-        write_mask_volume(folder / f"{without_suffix(source.name)}.nii.gz", masks, source)
-        return
-    (mask,) = masks
-    with replacing_file(folder / f"{source.stem}.png") as temporary:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of (N, H, W), whose slices touch; a mask without parts as it is."""
+    parts, count = ndimage.label(mask, ndimage.generate_binary_structure(3, 3))
+    return parts == 1 + np.bincount(parts.ravel())[1:].argmax() if count else mask
+
+
+def _measure(scan: Scan, mask: np.ndarray, probability: np.ndarray) -> dict[str, Any]:
+    """How much there is of a label: in pixels, and in what the file's spacing makes of them."""
+    pixels = int(mask.sum())
+    found: dict[str, Any] = {"pixels": pixels}
+    if scan.affine is not None:
+        found["ml"] = round(pixels * float(np.prod(voxel_sizes(scan.affine))) / 1000, 6)
+    elif scan.pixel_mm2 is not None:
+        found["mm2"] = round(pixels * scan.pixel_mm2, 4)
+    found["mean_probability"] = round(float(probability[mask].mean()), 4) if pixels else None
+    return found
 
 
 if __name__ == "__main__":

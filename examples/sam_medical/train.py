@@ -19,25 +19,27 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ssam.adapter import Task, build_model, load_adapter
-from ssam.data import SegmentationDataset, open_splits
+from ssam.data import SegmentationDataset, open_splits, settle_reading
+from ssam.data.augmentation import labels_with_a_side
 from ssam.data.loading import evaluation_loader, spread
+from ssam.data.survey import Survey, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
 from ssam.files import remove, restore, write_json
-from ssam.methods import METHODS
 from ssam.metrics import MaskScore, score_labels, write_scores
 from ssam.options import TrainOptions, parse_options
 from ssam.record import check_images, environment, peak_memory
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
 from ssam.runtime import check_processes, end_together, make_accelerator, prepare_process
-from ssam.text import encode_labels
+from ssam.text import check_distinct, encode_labels
 from ssam.training import train
 from ssam.tuning import count_trainable
 
@@ -54,7 +56,8 @@ def main() -> None:
     check_processes(accelerator)
     set_seed(options.seed)
 
-    splits = open_splits(options.dataset, options.data_root, options.labels)
+    splits = open_splits(options.dataset, options.data_root, options.labels, options.reading)
+    intensity = settle_splits(splits)
     task = Task(
         dataset=options.dataset,
         labels=tuple(splits["train"].labels),
@@ -63,11 +66,23 @@ def main() -> None:
         text_encoder=options.text_encoder,
         method=options.method,
         target_modules=options.target_modules,
+        intensity=intensity,
+        plane=options.plane,
+        fit=options.fit,
+        tile=options.tile,
+        prompt=options.prompt,
     )
-    uses_text = METHODS[task.method].needs_text
-    text_embeddings = encode_labels(task.text_encoder, task.labels) if uses_text else None
+    text_embeddings = encode_labels(task.text_encoder, task.labels) if task.uses_text else None
+    if text_embeddings is not None:
+        check_distinct(text_embeddings, task.labels, task.text_encoder)
     model, task = build_model(task, text_embeddings)
-    data = check_images(splits)
+    surveys = {split: Survey(dataset.labels, options.framing) for split, dataset in splits.items()}
+    data = check_images(splits, surveys)
+    task = replace(task, absent=tuple(surveys["train"].absent()))
+    if set(task.absent) == set(task.labels):
+        raise UserError(f"no training image has any of the labels {', '.join(task.labels)}; add some that do.")
+    for note in notes_before_training(splits["train"], surveys, options):
+        accelerator.print(f"note: {note}.")
 
     progress = train(accelerator, model, text_embeddings, splits, data, task, options, started)
     if progress.step < options.steps:
@@ -78,7 +93,7 @@ def main() -> None:
     memory = peak_memory(accelerator.device)
     masks = score_best_adapter(accelerator, splits["test"], options)
     if accelerator.is_main_process:
-        scores = score_labels(masks, task.labels)
+        scores = score_labels(masks, task.labels, task.absent)
         metrics = {
             "test": scores_as_json(scores, masks),
             "validation": {"best_dice": progress.best_dice, "best_step": progress.best_step},
@@ -105,6 +120,26 @@ def main() -> None:
     end_together(accelerator)
 
 
+def settle_splits(splits: Mapping[str, SegmentationDataset]) -> str:
+    """Lets all splits be read as the training images are, and says how."""
+    intensity = settle_reading(splits["train"]).intensity
+    for dataset in splits.values():
+        dataset.reading = replace(dataset.reading, intensity=intensity)
+    return intensity
+
+
+def notes_before_training(
+    dataset: SegmentationDataset, surveys: Mapping[str, Survey], options: TrainOptions
+) -> list[str]:
+    notes = list(dataset.notes)
+    if dataset.reading.intensity != options.intensity:
+        notes.append(f"intensity auto is {dataset.reading.intensity} here, and kept in the adapter")
+    sided = labels_with_a_side(dataset.labels)
+    if sided and options.augmentation != "none":
+        notes.append(f"views are not mirrored, since labels have a side: {', '.join(sided)}")
+    return notes + warnings_of(surveys)
+
+
 def check_output(output: Path, options: TrainOptions) -> None:
     if (output / "checkpoint").exists() and not options.resume:
         raise UserError(f"{output} holds an interrupted run; go on with --resume, or give another --output-dir.")
@@ -122,13 +157,11 @@ def score_best_adapter(
     output = Path(options.output_dir)
     model, task = load_adapter(output / "adapter", options.backbone)
     model = model.to(accelerator.device)
-    loader = accelerator.prepare(
-        evaluation_loader(dataset, options.image_size, options.batch_size, options.num_workers)
-    )
+    loader = accelerator.prepare(evaluation_loader(dataset, task.framing, options.batch_size, options.num_workers))
     scores = evaluate(accelerator, model, loader, task.labels, "test", distances=True)
     if accelerator.is_main_process:
         chosen = spread(dataset, options.overlays)
-        predictions = predict_masks(model, evaluation_loader(chosen, options.image_size, 1))
+        predictions = predict_masks(model, evaluation_loader(chosen, task.framing, 1))
         draw_overlays(predictions, task.labels, output / "overlays")
     return scores
 

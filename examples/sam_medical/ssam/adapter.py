@@ -15,12 +15,16 @@ from torch import Tensor, nn
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
 from ssam.data.base import require_label_name
+from ssam.data.geometry import STORED
+from ssam.data.intensity import LEGACY
+from ssam.data.loading import Framing
+from ssam.data.reading import Reading
 from ssam.errors import UserError, first_line
 from ssam.files import write_json
-from ssam.methods import METHODS, Method
+from ssam.methods import METHODS
 from ssam.model import PromptedSam
 from ssam.networks import build_network
-from ssam.prompts import BoxPrompts, ImagePrompts, NoPrompts, PointPrompts, Prompting, TextPrompts
+from ssam.prompts import BoxPrompts, ImagePrompts, LearnedPrompts, NoPrompts, PointPrompts, Prompting, TextPrompts
 from ssam.tuning import kept_tensors, load_kept_tensors, tune
 
 TASK_FILE = "task.json"
@@ -40,6 +44,11 @@ class Task:
         backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
         method: How it was tuned, by its name in `ssam.methods.METHODS`.
         target_modules: Expression of the layers that were tuned; None for the backbone's own.
+        intensity, plane: How images are read; see `ssam.data.reading.Reading`. The defaults are how they were before
+            there was a choice, for adapters made then.
+        fit, tile: How images become the model's square; see `ssam.data.loading.Framing`.
+        prompt: "text", or "learned" for a token a label in place of its name's embedding.
+        absent: Labels that no training image had, which are kept out of means.
     """
 
     dataset: str
@@ -50,6 +59,24 @@ class Task:
     backbone_digest: str = ""
     method: str = "s-sam"
     target_modules: str | None = None
+    intensity: str = LEGACY
+    plane: str = STORED
+    fit: str = "stretch"
+    tile: int | None = None
+    prompt: str = "text"
+    absent: tuple[str, ...] = ()
+
+    @property
+    def uses_text(self) -> bool:
+        return METHODS[self.method].needs_text and self.prompt == "text"
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.plane)
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.fit, self.tile)
 
 
 def build_model(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, Task]:
@@ -81,13 +108,16 @@ def _build_untuned(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Modul
             f"the adapter belongs to another base model: it was trained on weights with digest "
             f"{task.backbone_digest}, and {task.backbone} has {digest}; give the right weights with --backbone."
         )
-    model = PromptedSam(backbone, build_prompts(method, backbone, len(task.labels), text_embeddings))
+    model = PromptedSam(backbone, build_prompts(task, backbone, text_embeddings))
     return model, task.target_modules or backbone.target_modules, replace(task, backbone_digest=digest)
 
 
-def build_prompts(method: Method, backbone: Backbone, labels: int, text_embeddings: Tensor | None) -> Prompting:
-    """What the method prompts SAM's decoder with."""
+def build_prompts(task: Task, backbone: Backbone, text_embeddings: Tensor | None) -> Prompting:
+    """What the task's method prompts SAM's decoder with."""
+    method, labels = METHODS[task.method], len(task.labels)
     width = backbone.prompt_encoder.hidden_size
+    if method.prompts == "text" and task.prompt == "learned":
+        return LearnedPrompts(labels, width)
     if method.prompts == "text":
         assert text_embeddings is not None
         return TextPrompts(text_embeddings, width)
@@ -128,14 +158,17 @@ def model_card(task: Task) -> str:
     """What the folder holds, for a person who finds it."""
     method = METHODS[task.method]
     labels = ", ".join(task.labels)
-    by = ", by the names alone" if method.needs_text else ""
+    by = ", by the names alone" if task.uses_text else ""
     facts = [f"- Method: {method.source}" + (f"; {method.departs}" if method.departs else "")]
     if method.is_sam:
         facts.append(
             f"- Base model: `{task.backbone}` at {task.image_size} pixels, weights with digest "
             f"`{task.backbone_digest}`"
         )
-    if method.needs_text:
+    if method.needs_text and not task.uses_text:
+        facts.append("- Prompts: a learned token a label, and no text encoder")
+    facts.append(f"- Images are read with intensity `{task.intensity}`, volumes in the plane `{task.plane}`")
+    if task.uses_text:
         facts.append(f"- Text encoder: `{task.text_encoder}`; its embeddings of the labels are in `{TEXT_FILE}`")
     lines = [
         "---",
@@ -174,7 +207,7 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
     """
     task = read_task(folder)
     method = METHODS[task.method]
-    text = _read_tensors(folder / TEXT_FILE) if method.needs_text else {}
+    text = _read_tensors(folder / TEXT_FILE) if task.uses_text else {}
     weights_file = folder / weights_file_of(task)
     weights = _read_tensors(weights_file)
     model, target_modules, task = _build_untuned(
@@ -210,6 +243,7 @@ def read_task(folder: Path) -> Task:
     try:
         content = json.loads(path.read_text())
         content["labels"] = tuple(content["labels"])
+        content["absent"] = tuple(content.get("absent", ()))
         task = Task(**content)
     except (ValueError, TypeError, KeyError) as error:
         expected = ", ".join(field.name for field in fields(Task))
@@ -220,7 +254,7 @@ def read_task(folder: Path) -> Task:
         require_label_name(label, path)
     needed = [weights_file_of(task)]
     needed += ["adapter_config.json"] if METHODS[task.method].adapter else []
-    needed += [TEXT_FILE] if METHODS[task.method].needs_text else []
+    needed += [TEXT_FILE] if task.uses_text else []
     for name in needed:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")

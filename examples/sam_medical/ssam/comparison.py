@@ -65,7 +65,7 @@ class Bench:
         self.failures: dict[Cell, str] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
         for fold in self.folds:
-            open_splits(self.dataset_of(fold), options.data_root, options.labels)
+            open_splits(self.dataset_of(fold), options.data_root, options.labels, options.reading)
         self._check_finished_runs()
 
     def run(self) -> None:

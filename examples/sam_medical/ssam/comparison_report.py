@@ -13,7 +13,7 @@ from adjustText import adjust_text
 
 from ssam.adapter import load_adapter
 from ssam.comparison import Bench, Cell
-from ssam.data import open_dataset
+from ssam.data import open_dataset, settle_reading
 from ssam.data.loading import evaluation_loader, spread
 from ssam.evaluation import predict_masks
 from ssam.files import write_text
@@ -274,7 +274,9 @@ def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
 def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
     """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed."""
     options = bench.options
-    dataset = open_dataset(bench.dataset_of(1), options.data_root, "test", options.labels)
+    name, root, labels = bench.dataset_of(1), options.data_root, options.labels
+    reading = settle_reading(open_dataset(name, root, "train", labels, options.reading))
+    dataset = open_dataset(name, root, "test", labels, reading)
     samples = spread(dataset, options.examples)
     columns = {"truth": [sample.masks for sample in samples]}
     for row in rows:
@@ -282,6 +284,6 @@ def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
         if not adapter.is_dir():  # kept elsewhere, because of its size
             continue
         model, task = load_adapter(adapter, options.backbone)
-        loader = evaluation_loader(samples, task.image_size, batch_size=1)
+        loader = evaluation_loader(samples, task.framing, batch_size=1)
         columns[METHODS[row.method].title] = [masks for _, masks in predict_masks(model, loader)]
     draw_grid(samples, columns, list(dataset.labels), path)

@@ -9,25 +9,57 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssam.data import Sample
-from ssam.data.loading import EvaluationBatch
+from ssam.data.loading import EvaluationBatch, Framing
 from ssam.metrics import MaskScore, score_masks
+
+# Of neighbouring windows; where they overlap, each counts most at its middle.
+OVERLAP = 0.25
 
 
 @torch.no_grad()
-def predict_masks(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Each sample with its predicted masks, bool (K, H, W) at the image's own size."""
+def predict_logits(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, Tensor]]:
+    """Each sample with its mask logits (K, H, W) at the image's own size."""
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
+        framing = batch["framing"]
+        if framing.tile:
+            for sample in batch["samples"]:
+                yield sample, _slide(model, sample, framing, device)
+            continue
         mask_logits = model(batch["images"].to(device), batch["masks"].to(device)).float()
         for sample, logits in zip(batch["samples"], mask_logits, strict=True):
-            size = sample.image.shape[:2]
-            full_size = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-            yield sample, (full_size > 0).cpu().numpy()
+            height, width = sample.image.shape[:2]
+            yield sample, _resized(logits[None], framing.frame(height, width))[0, :, :height, :width]
+
+
+def predict_masks(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Each sample with its predicted masks, bool (K, H, W) at the image's own size."""
+    for sample, logits in predict_logits(model, batches):
+        yield sample, (logits > 0).cpu().numpy()
+
+
+def _slide(model: nn.Module, sample: Sample, framing: Framing, device: torch.device) -> Tensor:
+    """Mask logits (K, H, W) by a window that slides over the whole image."""
+    assert framing.tile
+    tile, side = (framing.tile, framing.tile), (framing.image_size, framing.image_size)
+
+    def predict(windows: Tensor) -> Tensor:
+        if tile != side:
+            windows = F.interpolate(windows, size=side, mode="bilinear", align_corners=False, antialias=True)
+        return _resized(model(windows, windows[:, :0]).float(), tile)
+
+    image = torch.from_numpy(sample.image.transpose(2, 0, 1).copy())[None].to(device)
+    return sliding_window_inference(image, tile, 4, predict, overlap=OVERLAP, mode="gaussian")[0]  # type: ignore[index]
+
+
+def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from ssam.backbones import PositionalEmbedding
 from ssam.inserted import insert_bottlenecks, insert_salt, insert_samed
 from ssam.lite_medsam import RelativePositionBias
 from ssam.model import PromptedSam
+from ssam.prompts import LearnedPrompts
 from svdtune import SVDScaleShiftConfig
 
 POSITION_TYPES = (PositionalEmbedding, RelativePositionBias)
@@ -107,7 +108,9 @@ def _used_prompt_modules(model: PromptedSam) -> list[str]:
 PARTS: dict[str, Callable[[PromptedSam], list[str]]] = {
     "norms": _encoder_modules(nn.LayerNorm),
     "positions": _encoder_modules(*POSITION_TYPES),
-    "text affine": lambda model: ["prompts.text_affine"],
+    "text affine": lambda model: [
+        "prompts.tokens" if isinstance(model.prompts, LearnedPrompts) else "prompts.text_affine"
+    ],
     "image prompts": lambda model: ["prompts"],
     "image encoder": lambda model: ["image_encoder"],
     "prompt encoder": _used_prompt_modules,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class LabelScores:
         surface_dice: Mean over the images that have the label.
         false_alarms: Share of the images without the label in which some of it is predicted.
         images, images_present: How many images there are, and how many have the label.
+        trained: Whether the label was there to be learned; one that was not is kept out of means.
     """
 
     dice: float
@@ -78,6 +79,7 @@ class LabelScores:
     false_alarms: float | None
     images: int
     images_present: int
+    trained: bool = True
 
 
 def score_masks(
@@ -98,14 +100,18 @@ def score_masks(
     return scores
 
 
-def score_labels(scores: Iterable[MaskScore], labels: Sequence[str]) -> dict[str, LabelScores]:
+def score_labels(
+    scores: Iterable[MaskScore], labels: Sequence[str], absent: Sequence[str] = ()
+) -> dict[str, LabelScores]:
+    """Each label's scores; those of ``absent`` are of labels that no training image had."""
     scores = list(scores)
-    return {label: _score([score for score in scores if score.label == label]) for label in labels}
+    of_label = {label: _score([score for score in scores if score.label == label]) for label in labels}
+    return {label: replace(score, trained=label not in absent) for label, score in of_label.items()}
 
 
 def mean_dice(scores: dict[str, LabelScores]) -> float:
     """The paper's average: over labels, of Dice over all images."""
-    return float(np.mean([score.dice for score in scores.values()]))
+    return float(np.mean([score.dice for score in scores.values() if score.trained]))
 
 
 def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
@@ -123,10 +129,9 @@ CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {
 
 def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:
     """Each score's average over the labels that have it; images are those of all labels together."""
-    values = list(scores.values())
-    means: dict[str, Any] = {
-        field.name: _mean([getattr(value, field.name) for value in values]) for field in fields(LabelScores)
-    }
+    values = [score for score in scores.values() if score.trained]
+    names = [field.name for field in fields(LabelScores) if field.name != "trained"]
+    means: dict[str, Any] = {name: _mean([getattr(value, name) for value in values]) for name in names}
     counts = {name: sum(getattr(value, name) for value in values) for name in ("images", "images_present")}
     return LabelScores(**{**means, **counts})
 

@@ -11,11 +11,17 @@ import yaml
 from transformers import HfArgumentParser
 
 from ssam.data.augmentation import AUGMENTATIONS
+from ssam.data.geometry import PLANES, STORED
+from ssam.data.intensity import FORMS, parse_intensity
+from ssam.data.loading import Framing
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 from ssam.methods import METHODS
 from ssam.metrics import CRITERIA
 
 T = TypeVar("T")
+FITS = ("stretch", "pad")
+PROMPTS = ("text", "learned")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -37,6 +43,13 @@ class TrainOptions:
     labels: list[str] | None = field(
         default=None, metadata={"help": "Labels to segment; all of the dataset's by default."}
     )
+    intensity: str = option(
+        "auto",
+        f"How values become grey: {FORMS}. auto leaves eight bits as they are, gives CT the soft-tissue window, and "
+        "other deep images percentiles of what is not background.",
+    )
+    plane: str = option("axial", f"Of volumes, by their orientation in space: {', '.join(PLANES)}.")
+    resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
     output_dir: str = option("runs/ssam", "Where adapter, metrics, curves and overlays go.")
 
     backbone: str = option(
@@ -44,6 +57,11 @@ class TrainOptions:
     )
     text_encoder: str = option("minilm", "minilm; or hub name or folder of a CLIP, as openai/clip-vit-base-patch32.")
     image_size: int = option(128, "Side of the square that images are resized to, in pixels.")
+    fit: str = option("stretch", "stretch images to the square; or pad, which keeps their aspect.")
+    tile: int | None = option(
+        None, "Train on crops of so many pixels a side, and segment by a sliding window, in place of whole images."
+    )
+    prompt: str = option("text", "text; or learned, a token a label for names that no text encoder tells apart.")
     target_modules: str | None = option(
         None, "Regular expression of the layers to tune; by default all linear layers of the encoder and its neck."
     )
@@ -90,9 +108,18 @@ class TrainOptions:
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("warmup_steps", "num_workers", "overlays", "weight_decay", "focal_weight", "seed"):
             require(self, name, getattr(self, name) >= 0, "must not be negative")
+        check_reading(self)
+        require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
+        require(self, "prompt", self.prompt in PROMPTS, f"must be {' or '.join(PROMPTS)}")
+        require(self, "tile", self.tile is None or self.tile >= 8, "must be at least 8")
         some = self.validation_images is None or self.validation_images >= 1
         require(self, "validation_images", some, "must be at least 1")
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
+        whole = self.tile is None or not METHODS[self.method].needs_expert
+        require(self, "tile", whole, f"has no meaning for {METHODS[self.method].title}, which sees the whole image")
+        if self.prompt == "learned":
+            prompted = METHODS[self.method].needs_text
+            require(self, "prompt", prompted, f"has no meaning for {METHODS[self.method].title}; leave it out")
         require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
         require(self, "value_rate", self.value_rate > 0, "must be above 0")
         require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
@@ -103,6 +130,53 @@ class TrainOptions:
     @property
     def peak_learning_rate(self) -> float:
         return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.plane, self.resample_masks)
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.fit, self.tile)
+
+
+@dataclass
+class InspectOptions:
+    """Show what is in a data folder before anyone trains on it, and what the model would be given."""
+
+    dataset: str = option("own", "The dataset, as of train.py.")
+    data_root: str | None = option(None, "Folder of the dataset's files.")
+    intensity: str = option("auto", f"How values become grey: {FORMS}.")
+    plane: str = option("axial", f"Of volumes, by their orientation in space: {', '.join(PLANES)}.")
+    resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
+    image_size: int = option(128, "Side of the model's square, in pixels.")
+    fit: str = option("stretch", "stretch or pad, as of train.py.")
+    tile: int | None = option(None, "Side of crops, as of train.py.")
+    sheet: str | None = option(None, "File for a picture of some images of each split with their masks.")
+    json: str | None = option(None, "File for all that is counted, as JSON.")
+    dump: str | None = option(
+        None, "Folder for what is read: SPLIT/NAME.npz with image (H, W, 3), masks (K, H, W) and labels."
+    )
+
+    def __post_init__(self) -> None:
+        check_reading(self)
+        require(self, "image_size", self.image_size >= 1, "must be at least 1")
+        require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
+        require(self, "tile", self.tile is None or self.tile >= 8, "must be at least 8")
+        _require_folder_to_be(self, "dump")
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.plane, self.resample_masks)
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.fit, self.tile)
+
+
+def check_reading(options: Any) -> None:
+    parse_intensity(options.intensity)
+    require(options, "plane", options.plane in (*PLANES, STORED), f"must be one of {', '.join(PLANES)}")
 
 
 @dataclass
@@ -157,6 +231,7 @@ class EvaluateOptions:
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
     data_root: str | None = option(None, "Folder of the dataset's files.")
     dataset: str | None = option(None, "The dataset to read; by default the one the adapter was trained on.")
+    resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
     split: str = option("test", "The split to score.")
     output: str | None = option(None, "File for the scores, as JSON.")
     csv: str | None = option(None, "File for the table, as CSV.")
@@ -184,14 +259,19 @@ class PredictOptions:
     """Segment images of one's own by the names of the labels."""
 
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
-    images: str = option("", "Folder of the images or volumes.")
+    images: str = option("", "An image, a volume, a DICOM series, or a folder of them and of folders.")
     output: str = option("", "Folder for the masks, in a sub-folder a label.")
+    threshold: float = option(0.5, "Probability above which a pixel belongs to a label.")
+    largest_component: bool = option(False, "Keep of each label only the largest connected part.")
+    probabilities: bool = option(False, "Write each label's probabilities, too.")
+    report: str | None = option(None, "File for what was found in each image, as JSON.")
     backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
     batch_size: int = option(4, "Images a step.")
 
     def __post_init__(self) -> None:
         require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
-        require(self, "images", bool(self.images), "must be given, a folder of images")
+        require(self, "images", bool(self.images), "must be given, an image or a folder of images")
+        require(self, "threshold", 0 < self.threshold < 1, "must be between 0 and 1")
         require(self, "output", bool(self.output), "must be given, a folder for the masks")
         _require_folder_to_be(self, "output")
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1")

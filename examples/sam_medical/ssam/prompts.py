@@ -75,6 +75,18 @@ class TextPrompts(Prompting):
         return Prompts(tokens[:, None].expand(len(images), -1, -1, -1))
 
 
+class LearnedPrompts(Prompting):
+    """One token a label, learned as it is: for names that a text encoder does not know, or cannot tell apart."""
+
+    def __init__(self, labels: int, prompt_width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(labels, prompt_width)
+
+    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+        numbers = torch.arange(self.tokens.num_embeddings, device=images.device)
+        return Prompts(self.tokens(numbers)[None, :, None].expand(len(images), -1, -1, -1))
+
+
 class NoPrompts(Prompting):
     """One prompt without tokens: SAMed's, where each of the decoder's masks stands for a label."""
 

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ssam.data import SegmentationDataset
+from ssam.data.survey import Survey
 
 PACKAGES = ("svdtune", "torch", "peft", "transformers", "accelerate", "monai", "numpy")
 
@@ -27,8 +29,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "machine": machine}
 
 
-def check_images(splits: Mapping[str, SegmentationDataset]) -> dict[str, dict[str, Any]]:
-    """Reads every image and mask once, so that a bad file is found before training starts.
+def check_images(
+    splits: Mapping[str, SegmentationDataset], surveys: Mapping[str, Survey] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Reads every image and mask once, so that a bad file is found before training starts; surveys count on the way.
 
     Returns:
         For each split how many images it has, and sixteen hexadecimal digits that stand for their names, pixels and
@@ -39,15 +43,17 @@ def check_images(splits: Mapping[str, SegmentationDataset]) -> dict[str, dict[st
     with bar, ThreadPoolExecutor() as pool:
         for split, dataset in splits.items():
             digest = hashlib.sha256()
-            for line in pool.map(lambda index, dataset=dataset: _line(dataset, index), range(len(dataset))):
+            for line in pool.map(partial(_line, dataset, (surveys or {}).get(split)), range(len(dataset))):
                 digest.update(line.encode())
                 bar.update()
             summary[split] = {"images": len(dataset), "hash": digest.hexdigest()[:16]}
     return summary
 
 
-def _line(dataset: SegmentationDataset, index: int) -> str:
+def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> str:
     sample = dataset[index]
+    if survey is not None:
+        survey.add(sample)
     digest = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes())
     digest.update(np.packbits(sample.masks).tobytes())
     return f"{sample.name} {sample.masks.shape} {digest.hexdigest()}\n"

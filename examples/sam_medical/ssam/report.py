@@ -21,6 +21,10 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 SMOOTHING = 0.9
+# Of a picture's longer side: no panel has more pixels.
+MOST_SHOWN = 1000
+# Of the shorter side to the longer one; thinner pictures are drawn wider than they are.
+LEAST_ASPECT = 0.2
 COLUMNS_BESIDE_DICE = ("present", "pooled", "IoU", "HD95", "surface Dice", "false alarms")
 COLUMNS = ("label", "Dice", "95 % interval", *COLUMNS_BESIDE_DICE, "images with it")
 
@@ -40,8 +44,12 @@ def score_table(
         present = f"{score.images_present} of {score.images}"
         rows.append([label, *_cells(score.dice, dice, score), present])
     average = mean_scores(scores)
-    rows.append(["mean", *_cells(average.dice, dice_by_case(masks), average), ""])
+    rows.append(["mean", *_cells(average.dice, dice_by_case(_of_trained(masks, scores)), average), ""])
     return COLUMNS, rows
+
+
+def _of_trained(masks: Sequence[MaskScore], scores: Mapping[str, LabelScores]) -> list[MaskScore]:
+    return [mask for mask in masks if scores[mask.label].trained]
 
 
 def _cells(dice: float, dice_of_cases: Mapping[str, Case], score: LabelScores) -> list[str]:
@@ -64,10 +72,14 @@ def format_table(scores: Mapping[str, LabelScores], masks: Sequence[MaskScore]) 
     """The scores as a table for the terminal."""
     columns, rows = score_table(scores, masks)
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [columns, *rows]
-    )
+    ]
+    untrained = [label for label, score in scores.items() if not score.trained]
+    if untrained:
+        lines.append(f"Not in any training image, and not in the mean: {', '.join(untrained)}.")
+    return "\n".join(lines)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -97,7 +109,7 @@ def format_difference(comparison: Comparison) -> str:
 def scores_as_json(scores: dict[str, LabelScores], masks: Sequence[MaskScore]) -> dict[str, Any]:
     return {
         "mean_dice": mean_dice(scores),
-        "mean_dice_interval": interval(dice_by_case(masks).values()),
+        "mean_dice_interval": interval(dice_by_case(_of_trained(masks, scores)).values()),
         "labels": {label: asdict(score) for label, score in scores.items()},
     }
 
@@ -136,10 +148,8 @@ def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Se
         panel.set_axis_off()
     for row, (split, (samples, labels)) in zip(axes, samples_of_split.items(), strict=True):
         for panel, sample in zip(row, samples, strict=False):
-            panel.imshow(sample.image)
+            _show(panel, sample.image, sample.masks, labels)
             panel.set_title(f"{split}: {sample.name}", fontsize=6)
-            for mask, colour in zip(sample.masks, _colours(labels), strict=True):
-                _paint(panel, mask, colour)
     labels = next(iter(samples_of_split.values()))[1]
     _add_legend(figure, labels)
     save_figure(figure, path, dpi=100)
@@ -156,15 +166,13 @@ def draw_grid(
     for panel in axes.flat:
         panel.set_axis_off()
     for row, sample in enumerate(samples):
-        axes[row, 0].imshow(sample.image)
+        _show(axes[row, 0], sample.image, sample.masks[:0], labels)
         axes[0, 0].set_title("image", fontsize=8)
         for column, (title, masks) in enumerate(columns.items(), start=1):
             panel = axes[row, column]
-            panel.imshow(sample.image)
+            _show(panel, sample.image, masks[row], labels)
             if row == 0:
                 panel.set_title(title, fontsize=8)
-            for mask, colour in zip(masks[row], _colours(labels), strict=True):
-                _paint(panel, mask, colour)
     _add_legend(figure, labels)
     save_figure(figure, path, dpi=100)
 
@@ -182,17 +190,31 @@ def _add_legend(figure: plt.Figure, labels: Sequence[str]) -> None:
 
 def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], path: Path) -> None:
     height, width = sample.image.shape[:2]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 12 / 3 * height / width + 0.6), constrained_layout=True)
-    colours = _colours(labels)
-    contents = {"image": np.zeros_like(predicted), "truth": sample.masks, "prediction": predicted}
+    shape = min(max(height / width, LEAST_ASPECT), 1 / LEAST_ASPECT)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 12 / 3 * shape + 0.6), constrained_layout=True)
+    contents = {"image": predicted[:0], "truth": sample.masks, "prediction": predicted}
     for panel, (title, masks) in zip(axes, contents.items(), strict=True):
-        panel.imshow(sample.image)
+        _show(panel, sample.image, masks, labels)
         panel.set_title(title)
         panel.set_axis_off()
-        for mask, colour in zip(masks, colours, strict=True):
-            _paint(panel, mask, colour)
     _add_legend(figure, labels)
     save_figure(figure, path, dpi=80)
+
+
+def _show(panel: Any, image: np.ndarray, masks: np.ndarray, labels: Sequence[str]) -> None:
+    """An image with masks painted on it, as many pixels as a panel can show."""
+    height, width = image.shape[:2]
+    rows, columns = _places(height, max(height, width)), _places(width, max(height, width))
+    is_thin = min(height, width) < LEAST_ASPECT * max(height, width)
+    panel.imshow(image[rows][:, columns], aspect="auto" if is_thin else "equal")
+    for mask, colour in zip(masks, _colours(labels), strict=False):
+        _paint(panel, mask[rows][:, columns], colour, "auto" if is_thin else "equal")
+
+
+def _places(side: int, longer: int) -> np.ndarray:
+    """Which pixels of a side are shown: at least two, which outlines need, and of long sides only some."""
+    shown = max(2, round(side * min(1.0, MOST_SHOWN / longer)))
+    return ((np.arange(shown) + 0.5) * side / shown).astype(int)
 
 
 def _colours(labels: Sequence[str]) -> list[Any]:
@@ -201,12 +223,12 @@ def _colours(labels: Sequence[str]) -> list[Any]:
     return [colormap(index % colormap.N)[:3] for index in range(len(labels))]
 
 
-def _paint(axes: Any, mask: np.ndarray, colour: Sequence[float]) -> None:
+def _paint(axes: Any, mask: np.ndarray, colour: Sequence[float], aspect: str) -> None:
     """A translucent area with a clear outline."""
     if mask.any():
         area = np.zeros((*mask.shape, 4))
         area[mask] = (*colour, 0.35)
-        axes.imshow(area)
+        axes.imshow(area, aspect=aspect)
         axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
 
 

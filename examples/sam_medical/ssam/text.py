@@ -15,6 +15,8 @@ from ssam.errors import UserError, first_line
 MINILM = "minilm"
 CLIP_TYPES = ("clip", "clip_text_model")
 SENTENCE_ENCODER_TYPES = ("bert",)
+# Cosine of two embeddings. CLIP's of names that are told apart well in practice come to 0.993.
+NEARLY_EQUAL = 0.995
 
 
 @torch.no_grad()
@@ -42,6 +44,18 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
             f"({first_line(error)}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
         ) from error
     raise UserError(f"{text_encoder} is of type {model_type!r}; the text encoder must be a CLIP or a BERT.")
+
+
+def check_distinct(text_embeddings: Tensor, labels: Sequence[str], text_encoder: str) -> None:
+    """Raises a UserError that names the labels of which the encoder makes nearly the same."""
+    directions = torch.nn.functional.normalize(text_embeddings.float(), dim=-1)
+    alike = (directions @ directions.T).triu(diagonal=1) >= NEARLY_EQUAL
+    if alike.any():
+        names = [labels[place] for place in (alike | alike.T).any(1).nonzero().flatten().tolist()]
+        raise UserError(
+            f"the text encoder {text_encoder} cannot tell these labels apart: {', '.join(names)}. Give other names, "
+            "another --text-encoder, or --prompt learned, which learns a token a label."
+        )
 
 
 def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:

@@ -82,7 +82,7 @@ class Validation:
         options: TrainOptions,
     ) -> None:
         images = thinned(dataset, options.validation_images)
-        loader = evaluation_loader(images, options.image_size, options.batch_size, options.num_workers)
+        loader = evaluation_loader(images, task.framing, options.batch_size, options.num_workers)
         self._loader = accelerator.prepare(loader)
         self._accelerator = accelerator
         self._text_embeddings = text_embeddings
@@ -93,7 +93,7 @@ class Validation:
     def run(self, model: nn.Module, progress: Progress) -> None:
         accelerator, labels = self._accelerator, self._task.labels
         masks = evaluate(accelerator, model, self._loader, labels, "validation")
-        scores = score_labels(masks, labels)
+        scores = score_labels(masks, labels, self._task.absent)
         dice = self._criterion(scores)
         of_labels = {f"validation Dice of {label}": score.dice for label, score in scores.items()}
         accelerator.log({"validation Dice": dice, **of_labels}, step=progress.step)
@@ -193,7 +193,7 @@ def _rest_of_images(
     images_a_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
     loader = training_loader(
         dataset,
-        options.image_size,
+        options.framing,
         options.batch_size,
         options.augmentation,
         options.seed,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from ssam.data.abdominal_us import FOLDS, Ultrasound, real_ultrasound_fold
 from ssam.data.base import Sample, SegmentationDataset
@@ -10,8 +13,10 @@ from ssam.data.brain_mri import BrainMri
 from ssam.data.chestxdet import ChestXDet
 from ssam.data.cholecseg8k import CholecSeg8k
 from ssam.data.glas import Glas
+from ssam.data.intensity import AUTO, settle
 from ssam.data.lits_png import LitsPng
 from ssam.data.own import OwnData
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
@@ -25,12 +30,16 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "own": OwnData,
 }
 
+# Of the training images, evenly from the first to the last.
+SETTLED_BY = 20
 TRAINING_SPLITS = ("train", "validation", "test")
 
-__all__ = ["DATASETS", "Sample", "SegmentationDataset", "open_dataset", "open_splits"]
+__all__ = ["DATASETS", "Reading", "Sample", "SegmentationDataset", "open_dataset", "open_splits", "settle_reading"]
 
 
-def open_dataset(name: str, root: str | None, split: str, labels: list[str] | None = None) -> SegmentationDataset:
+def open_dataset(
+    name: str, root: str | None, split: str, labels: list[str] | None = None, reading: Reading | None = None
+) -> SegmentationDataset:
     """One split of a dataset, with all of its labels or some of them.
 
     Raises:
@@ -41,7 +50,7 @@ def open_dataset(name: str, root: str | None, split: str, labels: list[str] | No
     dataset_type = DATASETS[name]
     if split not in dataset_type.splits:
         raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
-    dataset = dataset_type(Path(root) if root else None, split)
+    dataset = dataset_type(Path(root) if root else None, split, reading)
     if not len(dataset):
         raise UserError(f"{root} holds no images of the split {split} of {name}; add some.")
     unknown = [label for label in labels or [] if label not in dataset.labels]
@@ -52,12 +61,24 @@ def open_dataset(name: str, root: str | None, split: str, labels: list[str] | No
     return dataset
 
 
-def open_splits(name: str, root: str | None, labels: list[str] | None = None) -> dict[str, SegmentationDataset]:
+def open_splits(
+    name: str, root: str | None, labels: list[str] | None = None, reading: Reading | None = None
+) -> dict[str, SegmentationDataset]:
     """What a run needs: train, validation and test, all with the labels of train in its order.
 
     Raises:
         UserError: as `open_dataset`.
     """
     first, *others = TRAINING_SPLITS
-    train = open_dataset(name, root, first, labels)
-    return {first: train, **{split: open_dataset(name, root, split, list(train.labels)) for split in others}}
+    train = open_dataset(name, root, first, labels, reading)
+    rest = {split: open_dataset(name, root, split, list(train.labels), reading) for split in others}
+    return {first: train, **rest}
+
+
+def settle_reading(train: SegmentationDataset) -> Reading:
+    """The dataset's reading with an intensity that its training images have made definite."""
+    if train.reading.intensity != AUTO:
+        return train.reading
+    places = np.linspace(0, len(train) - 1, min(len(train), SETTLED_BY)).round().astype(int)
+    scans = [scan for place in places if (scan := train.scan(int(place))) is not None]
+    return replace(train.reading, intensity=settle(AUTO, ((scan, train.reading.modality) for scan in scans)))

@@ -18,10 +18,11 @@ from ssam.data.base import (
     SegmentationDataset,
     check_same_size,
     images_by_stem,
-    open_image,
+    read_colours,
     read_image,
     require_folder,
 )
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 COLOURS = {
@@ -49,8 +50,8 @@ class Ultrasound(SegmentationDataset):
     splits: tuple[str, ...] = ("train", "validation", "test")  # type: ignore[misc]
     labels = tuple(COLOURS)
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         folder = _inner_folder(require_folder(root, "abdominal-us", FOLDER))
         if split == "test":
             pairs = _pairs(folder / "RUS", "test")
@@ -71,7 +72,7 @@ class Ultrasound(SegmentationDataset):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
-        image, masks = read_image(self.images[index]), read_colours(self.masks[index])
+        image, masks = read_image(self.images[index], self.reading), masks_in_colours(self.masks[index])
         check_same_size(image, masks[0], self.masks[index])
         return Sample(self.images[index].stem, image, masks)
 
@@ -83,8 +84,8 @@ class RealUltrasound(Ultrasound):
 
     fold = 0
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, "test")
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, "test", reading)
         self.split = split
         held_out = {"test": self.fold, "validation": (self.fold + 1) % FOLDS}
         count = len(self.images)
@@ -103,9 +104,9 @@ def real_ultrasound_fold(fold: int) -> type[SegmentationDataset]:
     return type(f"RealUltrasound{fold}", (RealUltrasound,), {"fold": fold - 1})
 
 
-def read_colours(path: Path) -> np.ndarray:
+def masks_in_colours(path: Path) -> np.ndarray:
     """A mask in colours as one bool mask a label, (K, H, W): the nearest colour's, without specks."""
-    pixels = np.asarray(open_image(path).convert("RGB"), dtype=np.int32)
+    pixels = read_colours(path).astype(np.int32)
     palette = np.array([*BACKGROUNDS, *COLOURS.values()], dtype=np.int32)
     # A colour as one number, since numpy sorts numbers a hundred times faster than rows.
     numbers, where = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)

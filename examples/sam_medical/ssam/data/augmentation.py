@@ -3,23 +3,96 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+import re
+import unicodedata
+from collections.abc import Hashable, Mapping, Sequence
 
 from monai import transforms
 from monai.transforms import MapTransform, RandomizableTransform
 from torch import Tensor
 
 BOTH = ("images", "masks")
+# In the languages that labels are seen in, as words of their own.
+SIDES = frozenset(
+    [
+        "left",
+        "right",
+        "links",
+        "rechts",
+        "linke",
+        "linker",
+        "linkes",
+        "rechte",
+        "rechter",
+        "rechtes",
+        "gauche",
+        "droit",
+        "droite",
+        "izquierdo",
+        "izquierda",
+        "derecho",
+        "derecha",
+        "esquerdo",
+        "esquerda",
+        "direito",
+        "direita",
+        "sinistro",
+        "sinistra",
+        "destro",
+        "destra",
+        "sinister",
+        "dexter",
+        "dextra",
+        "левый",
+        "левая",
+        "левое",
+        "правый",
+        "правая",
+        "правое",
+        "lewy",
+        "lewa",
+        "prawy",
+        "prawa",
+    ]
+)
+CHINESE_SIDES = ("左", "右")
+LETTERS = (("l", "r"), ("lt", "rt"), ("lh", "rh"), ("sin", "dex"), ("lv", "rv"), ("la", "ra"))
 INTERPOLATION = ("bilinear", "nearest")
 
 
-def build_augmentation(kind: str) -> transforms.Compose:
-    """The transforms by name.
+def build_augmentation(kind: str, labels: Sequence[str] = ()) -> transforms.Compose:
+    """The transforms by name, without mirrored views where labels have a side.
 
     "upright" is for scans, which have a top and a bottom; "any-orientation" for histology; "published" is what the
-    paper's authors use for all: flips, rotation by 10 degrees, brightness and saturation.
+    paper's authors use for all: flips, rotation by 10 degrees, brightness and saturation; "none" changes nothing.
     """
-    return transforms.Compose(AUGMENTATIONS[kind]())
+    views = AUGMENTATIONS[kind]()
+    if labels_with_a_side(labels):
+        views = [view for view in views if not isinstance(view, transforms.RandFlipd)]
+    return transforms.Compose(views)
+
+
+def labels_with_a_side(labels: Sequence[str]) -> list[str]:
+    """Labels that a mirror makes wrong: those of a left or right, spelt out; and those in pairs of L and R."""
+    words = {label: _words(label) for label in labels}
+    spelt = [label for label in labels if words[label] & SIDES or any(side in label for side in CHINESE_SIDES)]
+    names = {frozenset(own) for own in words.values()}
+    for left, right in LETTERS:
+        for label, own in words.items():
+            other = right if left in own else left if right in own else None
+            if other and frozenset(own - {left, right} | {other}) in names:
+                spelt.append(label)
+    return [label for label in labels if label in spelt]
+
+
+def _words(label: str) -> set[str]:
+    """In small letters, also of leftKidney and kidney_L."""
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", unicodedata.normalize("NFC", label))
+    return {word for word in re.split(r"[\W_\d]+", apart.lower()) if word}
+
+
+def _none() -> list[transforms.Transform]:
+    return []
 
 
 def _upright() -> list[transforms.Transform]:
@@ -86,4 +159,9 @@ class RandSaturationd(RandomizableTransform, MapTransform):
         return changed
 
 
-AUGMENTATIONS = {"upright": _upright, "any-orientation": _any_orientation, "published": _published}
+AUGMENTATIONS = {
+    "upright": _upright,
+    "any-orientation": _any_orientation,
+    "published": _published,
+    "none": _none,
+}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
-from ssam.data.nifti import is_volume, read_image_slice, without_suffix
+from ssam.data.decoding import DICOM, VOLUMES, Scan, suffix_of
+from ssam.data.reading import Reading, read_slice, scan_of
+from ssam.data.sources import is_junk, plain, source_of_file
 from ssam.errors import UserError
 
-EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # Of ten patients or images in a row, where nobody has split them.
 TURNS = {"train": (0, 1, 2, 4, 5, 6, 8), "validation": (3,), "test": (7, 9)}
 
@@ -45,10 +45,13 @@ class SegmentationDataset(ABC):
 
     splits: ClassVar[tuple[str, ...]]
     labels: Sequence[str]
+    # What a person should know of what was found.
+    notes: Sequence[str] = ()
 
-    def __init__(self, root: Path | None, split: str) -> None:
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
         self.root = root
         self.split = split
+        self.reading = reading or Reading()
         self._kept: list[int] | None = None
 
     @abstractmethod
@@ -57,6 +60,10 @@ class SegmentationDataset(ABC):
     @abstractmethod
     def read(self, index: int) -> Sample:
         """The image with the masks of all the dataset's labels."""
+
+    def scan(self, index: int) -> Scan | None:
+        """The file of an image, decoded, where how to read it depends on what is in it."""
+        return None
 
     def keep_labels(self, labels: Sequence[str]) -> None:
         """From now on gives the masks of these labels only, in this order."""
@@ -87,45 +94,18 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     """
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            other = images.setdefault(path.stem.lower(), path)
+        suffix = suffix_of(path.name)
+        if suffix and suffix not in (*VOLUMES, *DICOM) and not is_junk(path):
+            other = images.setdefault(plain(path.stem).lower(), path)
             if other is not path:
                 raise UserError(f"{folder} holds both {other.name} and {path.name}; remove one of the two.")
     return images
 
 
-def files_by_stem(folder: Path) -> dict[str, Path]:
-    """The images and volumes of a folder by lower-case stem, in the order of their names.
-
-    Raises:
-        UserError: if two of them have the same.
-    """
-    volumes = {without_suffix(path.name.lower()): path for path in folder.iterdir() if is_volume(path)}
-    images = images_by_stem(folder)
-    for stem in volumes.keys() & images.keys():
-        raise UserError(f"{folder} holds both {volumes[stem].name} and {images[stem].name}; remove one of the two.")
-    return dict(sorted((images | volumes).items()))
-
-
-def read_image_or_slice(path: Path, number: int | None) -> np.ndarray:
-    """An image file, or a slice of a volume, as (H, W, 3), float32 between zero and one."""
-    return read_image(path) if number is None else in_colour(read_image_slice(path, number))
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3), float32 between zero and one.
-
-    Grey values of more than eight bits, as CT and MR are exported, are stretched from the image's lowest to its
-    highest.
-    """
-    image = open_image(path)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise UserError(f"{path} holds values that are no numbers; replace them, or remove the image.")
-        low, high = float(values.min()), float(values.max())
-        return in_colour(((values - low) / max(high - low, 1e-8)).clip(0, 1))
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+def read_image(path: Path, reading: Reading | None = None) -> np.ndarray:
+    """An image file as (H, W, 3), float32 between zero and one."""
+    _require_one_picture(path)
+    return read_slice(source_of_file(path), None, reading or Reading())
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -134,14 +114,28 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         UserError: if it is in colours.
     """
-    image = open_image(path)
-    values = np.asarray(image)
+    scan = _require_one_picture(path)
+    if scan.indices is not None:
+        return scan.indices[0]
+    values = scan.values[0]
     if values.ndim == 2:
         return values
-    colours = values[..., : len(image.getbands()) - image.mode.endswith("A")]
-    if (colours != colours[..., :1]).any():
+    if (values != values[..., :1]).any():
         raise UserError(f"{path} is a mask in colours; save it with one channel, a whole number for each label.")
     return values[..., 0]
+
+
+def read_colours(path: Path) -> np.ndarray:
+    """A picture's colours, (H, W, 3)."""
+    values = _require_one_picture(path).values[0]
+    return values if values.ndim == 3 else in_colour(values)
+
+
+def _require_one_picture(path: Path) -> Scan:
+    scan = scan_of(source_of_file(path))
+    if scan.is_stack:
+        raise UserError(f"{path} is not one picture but {len(scan.values)}; save each as a file of its own.")
+    return scan
 
 
 def in_colour(grey: np.ndarray) -> np.ndarray:
@@ -170,13 +164,3 @@ def require_label_name(label: str, path: Path) -> None:
     """Raises a UserError, naming the file, if a label cannot be a folder's name, which predict.py gives its masks."""
     if label != label.strip() or label in ("", ".", "..") or "/" in label or "\\" in label:
         raise UserError(f"{path} has the label {label!r}; a label's name is also a folder's, so it has no / or \\.")
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file's pixels, or a UserError that names it."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image; replace or remove the file.") from error
-    return image

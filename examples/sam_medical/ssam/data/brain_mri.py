@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ssam.data.base import Sample, SegmentationDataset
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 # Slabs in turn, each with its number of slices, and the slices left out between two of them.
@@ -34,8 +35,8 @@ class BrainMri(SegmentationDataset):
     splits = ("train", "validation", "test")
     labels = ("brain", "gray matter", "white matter")
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         if root is not None:
             raise UserError(
                 f"brain-mri takes no --data-root, since nilearn carries it; give --dataset own for images in {root}, "

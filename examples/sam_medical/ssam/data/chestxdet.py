@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ssam.data.base import Sample, SegmentationDataset, read_image, require_folder
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 LABELS = (
@@ -41,8 +42,8 @@ class ChestXDet(SegmentationDataset):
     splits = ("train", "validation", "test", "test-all")
     labels = LABELS
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         root = require_folder(root, "chestx-det", HOLDING)
         part = "test" if split.startswith("test") else "train"
         path = root / f"ChestX_Det_{part}.json"
@@ -67,7 +68,7 @@ class ChestXDet(SegmentationDataset):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
-        image = read_image(self.images[index])
+        image = read_image(self.images[index], self.reading)
         return Sample(self.images[index].stem, image, masks_of(self.records[index], *image.shape[:2]))
 
 

@@ -20,6 +20,7 @@ from ssam.data.base import (
     require_folder,
     require_known_values,
 )
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 # Decimal, though Kaggle's table prints them as if they were hexadecimal.
@@ -52,8 +53,8 @@ class CholecSeg8k(SegmentationDataset):
     splits = ("train", "validation", "test", "test-all")
     labels = tuple(VALUES)
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         root = require_folder(root, "cholecseg8k", HOLDING)
         videos = VIDEOS["test" if split == "test-all" else split]
         frames = sorted(
@@ -80,7 +81,7 @@ class CholecSeg8k(SegmentationDataset):
 
     def read(self, index: int) -> Sample:
         path = self.images[index]
-        image, values = read_image(path), read_mask(self.masks[index])
+        image, values = read_image(path, self.reading), read_mask(self.masks[index])
         check_same_size(image, values, self.masks[index])
         require_known_values(values, {*VALUES.values(), BACKGROUND, UNLABELLED, BORDER}, self.masks[index])
         masks = np.stack([values == value for value in VALUES.values()])

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ssam.data.base import EXTENSIONS, Sample, files_by_stem, read_image_or_slice
-from ssam.data.nifti import VOLUMES, name_of_slice, slices_of
+from ssam.data.base import Sample
+from ssam.data.decoding import EXTENSIONS, is_dicom, suffix_of
+from ssam.data.reading import Reading, name_of, numbers_of, read_slice
+from ssam.data.sources import Source, find_sources, source_of_file
 from ssam.errors import UserError
 
 
-class ImageFolder:
-    """The images of a folder, and the slices of its volumes, by name; each is a `Sample` with no masks, (0, H, W).
+def sources_to_segment(path: Path, skip: Sequence[Path] = ()) -> tuple[list[Source], list[Path]]:
+    """A file, or what is in a folder and its folders; and the files that are not images.
 
-    Attributes:
-        items: The file of each, and the number of the slice; None for a picture.
+    Args:
+        path: The file or folder.
+        skip: Folders to leave out, as that of the masks.
+
+    Raises:
+        UserError: if there is nothing to segment.
     """
+    if path.is_file():
+        if not suffix_of(path.name) and not is_dicom(path):
+            raise UserError(f"{path} is no image; it may be {', '.join(EXTENSIONS)}, or DICOM without an ending.")
+        return [source_of_file(path)], []
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; --images must be a file or a folder of images.")
+    sources, unknown = find_sources(path, skip)
+    if not sources:
+        raise UserError(f"{path} holds no images; it may hold {', '.join(EXTENSIONS)}.")
+    return sources, unknown
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; --images must be a folder of images.")
-        self.items = [(path, number) for path in files_by_stem(folder).values() for number in slices_of(path)]
-        if not self.items:
-            raise UserError(f"{folder} holds no images; it may hold {', '.join((*EXTENSIONS, *VOLUMES))}.")
+
+class Slices:
+    """The slices of one source, or the picture that it is; each is a `Sample` with no masks, (0, H, W)."""
+
+    def __init__(self, source: Source, reading: Reading) -> None:
+        self.source = source
+        self.reading = reading
+        self.numbers = numbers_of(source, reading.plane)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        path, number = self.items[index]
-        image = read_image_or_slice(path, number)
-        name = path.stem if number is None else name_of_slice(path, number)
-        return Sample(name, image, np.zeros((0, *image.shape[:2]), dtype=bool))
+        number = self.numbers[index]
+        image = read_slice(self.source, number, self.reading)
+        return Sample(name_of(self.source, number), image, np.zeros((0, *image.shape[:2]), dtype=bool))

@@ -20,6 +20,7 @@ from ssam.data.base import (
     read_mask,
     require_folder,
 )
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 FOLDER = "Warwick_QU_Dataset"
@@ -30,8 +31,8 @@ class Glas(SegmentationDataset):
     splits = ("train", "validation", "test", "testA", "testB")
     labels = ("glands",)
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         root = require_folder(root, "glas", FOLDER)
         folder = root / FOLDER if (root / FOLDER).is_dir() else root
         files = images_by_stem(folder)
@@ -54,7 +55,7 @@ class Glas(SegmentationDataset):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index]) > 0
+        image, mask = read_image(self.images[index], self.reading), read_mask(self.masks[index]) > 0
         check_same_size(image, mask, self.masks[index])
         return Sample(self.images[index].stem, image, mask[None])
 

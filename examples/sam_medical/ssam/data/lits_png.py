@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ssam.data.base import TURNS, Sample, SegmentationDataset, check_same_size, read_image, read_mask, require_folder
+from ssam.data.reading import Reading
 from ssam.errors import UserError
 
 LABELS = {"liver": "livermask", "tumor": "lesionmask"}
@@ -25,8 +26,8 @@ class LitsPng(SegmentationDataset):
     splits = ("train", "validation", "test", "parity-train", "parity-validation", "parity-test")
     labels = tuple(LABELS)
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         root = require_folder(root, "lits-png", HOLDING)
         folders = (root / "dataset_6" / "dataset_6", root / "dataset_6", root)
         slices = next((found for folder in folders if (found := _slices_in(folder))), [])
@@ -52,7 +53,7 @@ class LitsPng(SegmentationDataset):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
-        image = read_image(self.images[index])
+        image = read_image(self.images[index], self.reading)
         masks = []
         for path in _masks_of(self.images[index]):
             mask = read_mask(path) > 0  # 0 and 1, so never above 127

@@ -1,166 +1,105 @@
-"""Images and masks of one's own: two folders, and the names of the labels.
+"""Images and masks of one's own, laid out in any of the ways of `ssam.data.layouts`.
 
-``images/`` holds the images and ``masks/`` what belongs to each, under the same stem, in one of two ways:
+``images/`` holds the images and ``masks/`` what belongs to each, under the same name, or one that begins with it, in
+one of two ways:
 
-- one mask an image, whose values are the labels', as ``labels.json`` beside the folders says:
+- one mask an image, whose values or colours are the labels', as ``labels.json`` beside the folders says:
   {"liver": 1, "tumor": 2}; zero is background;
 - or a folder of black and white masks for each label, ``masks/liver``, ``masks/tumor``; an image that has no mask in
   one of them does not have that label, nor has a split that lacks the folder.
 
-Both folders may also hold volumes as NIfTI files, .nii or .nii.gz, which are read slice by slice along their last
-axis. Where there are folders ``train``, ``validation`` and ``test`` that each hold ``images`` and ``masks``, they are
-the splits; otherwise of every ten images, or volumes, in the order of their names, one is for validation and two are
-for the test. Neighbouring slices or frames that are pictures of their own would then be in several splits: give such
-images folders for each split.
+nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, and masks beside their images are read as they
+are. Volumes and stacks are read slice by slice.
+
+Where there are folders ``train``, ``validation`` and ``test``, they are the splits. Otherwise of every ten images, or
+volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
+images lie in ten or more. Neighbouring slices or frames that are pictures of their own would
+else be in several splits: give such images folders for each split.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from ssam.data.base import (
-    EXTENSIONS,
-    TURNS,
-    Sample,
-    SegmentationDataset,
-    check_same_size,
-    files_by_stem,
-    read_image_or_slice,
-    read_mask,
-    require_folder,
-    require_known_values,
-    require_label_name,
-)
-from ssam.data.nifti import (
-    VOLUMES,
-    is_volume,
-    name_of_slice,
-    read_mask_slice,
-    shape_of,
-    slices_of,
-    without_suffix,
-)
+from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
+from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
+from ssam.data.layouts import Pair, Part, has_images, read_part
+from ssam.data.reading import Reading, name_of, numbers_of, read_slice, scan_of
+from ssam.data.sources import folders_in
 from ssam.errors import UserError
 
 HOLDING = "images, masks and labels.json"
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+LEAST_FOLDERS = 10
 
 
 class OwnData(SegmentationDataset):
     splits = ("train", "validation", "test")
 
-    def __init__(self, root: Path | None, split: str) -> None:
-        super().__init__(root, split)
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
         root = require_folder(root, "own", HOLDING)
-        has_splits = any((root / name / "images").is_dir() for name in self.splits)
-        folder = root / split if has_splits else root
-        if has_splits and not folder.is_dir():
-            raise UserError(f"{root} has folders for its splits, but none for {split}; add {folder / 'images'}.")
-        self.values = _read_label_values(folder, root)
-        for name, holding in (("images", "the images"), ("masks", "a mask for each, or a folder for each label")):
-            if not (folder / name).is_dir():
-                raise UserError(f"{folder} holds no folder {name}; add it, with {holding}.")
-        self.mask_folder = folder / "masks"
-        all_masks = [root / name / "masks" for name in self.splits] if has_splits else [self.mask_folder]
-        self.labels: Sequence[str] = tuple(self.values or _label_folders(all_masks))
-        images = all_images = files_by_stem(folder / "images")
-        if not has_splits:
-            images = {stem: path for place, (stem, path) in enumerate(images.items()) if place % 10 in TURNS[split]}
-        if not images:
-            kinds = ", ".join((*EXTENSIONS, *VOLUMES))
+        folders = _split_folders(root)
+        if folders and split not in folders:
+            raise UserError(f"{root} has folders for its splits, but none for {split}; add {root / split / 'images'}.")
+        part = read_part(folders.get(split, root), root, list(folders.values()) or [root])
+        self.labels: Sequence[str] = tuple(part.labels)
+        self.notes = part.notes
+        if part.modality:
+            self.reading = replace(self.reading, modality=part.modality)
+        pairs = part.pairs if folders else self._in_turn(part)
+        if not pairs:
             raise UserError(
-                f"{folder / 'images'} holds {len(all_images)} images, too few for the split {split}: give ten, or "
-                f"folders train, validation and test. It may hold {kinds}."
+                f"{part.folder} holds {len(part.pairs)} images, too few for the split {split}: give ten, or "
+                f"folders train, validation and test. It may hold {', '.join(EXTENSIONS)}."
             )
-        # One a label, None where an image does not have it; or one for all labels.
-        folders = [self.mask_folder] if self.values else [self.mask_folder / label for label in self.labels]
-        masks = [files_by_stem(path) if path.is_dir() else {} for path in folders]
-        self.items: list[tuple[Path, list[Path | None], int | None]] = []
-        for stem, image in images.items():
-            of_image = [files.get(stem) for files in masks]
-            if not any(of_image):
-                raise UserError(f"{image} has no mask {stem} in {self.mask_folder}; {self._advice_on_missing_masks()}")
-            self.items += [(image, of_image, number) for number in _slices(image, of_image)]
+        self.by_folder = _has_many_folders(part.pairs)
+        self.items: list[tuple[Pair, int | None]] = []
+        for pair in pairs:
+            if suffix_of(pair.image.path.name) in NIFTI:
+                pair.annotation.check(pair.image, self.reading)
+            self.items += [(pair, number) for number in numbers_of(pair.image, self.reading.plane)]
 
-    def _advice_on_missing_masks(self) -> str:
-        inner = sorted(path.name for path in self.mask_folder.iterdir() if not path.name.startswith("."))
-        if self.values and all((self.mask_folder / name).is_dir() for name in inner):
-            return "labels.json says that each image has one mask for all labels: remove it to use folders of masks."
-        return (
-            "add it, blank if there is nothing to see, or remove the image. A mask has its image's name, and there is "
-            f"{inner[0]}."
-            if inner
-            else "add it; there is none."
-        )
+    def _in_turn(self, part: Part) -> list[Pair]:
+        """Those of every ten images, or folders of images, that are this split's."""
+        if _has_many_folders(part.pairs):
+            folders = sorted({pair.image.folder for pair in part.pairs})
+            mine = {folder for place, folder in enumerate(folders) if place % 10 in TURNS[self.split]}
+            return [pair for pair in part.pairs if pair.image.folder in mine]
+        if any(pair.image.folder for pair in part.pairs):
+            self.notes = [*self.notes, "splits are by image, and not by folder, of which there are fewer than ten"]
+        return [pair for place, pair in enumerate(part.pairs) if place % 10 in TURNS[self.split]]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def read(self, index: int) -> Sample:
-        path, mask_paths, number = self.items[index]
-        image = read_image_or_slice(path, number)
-        group = "" if number is None else without_suffix(path.name)
-        name = path.stem if number is None else name_of_slice(path, number)
-        masks = []
-        for mask_path in mask_paths:
-            if mask_path is None:
-                masks.append(np.zeros(image.shape[:2], dtype=int))
-                continue
-            masks.append(_read_mask(mask_path, number))
-            check_same_size(image, masks[-1], mask_path)
-        if not self.values:
-            return Sample(name, image, np.stack([mask > 0 for mask in masks]), group)
-        assert mask_paths[0] is not None
-        require_known_values(masks[0], {0, *self.values.values()}, mask_paths[0])
-        return Sample(name, image, np.stack([masks[0] == value for value in self.values.values()]), group)
+        pair, number = self.items[index]
+        image = read_slice(pair.image, number, self.reading)
+        masks = pair.annotation.read(pair.image, number, image.shape[:2], self.reading)
+        group = pair.image.flat_name if number is not None else pair.image.folder if self.by_folder else ""
+        return Sample(name_of(pair.image, number), image, masks, group)
+
+    def scan(self, index: int) -> Scan:
+        return scan_of(self.items[index][0].image)
 
 
-def _read_label_values(folder: Path, root: Path) -> dict[str, int]:
-    """What ``labels.json`` says, beside the images or above the splits; nothing if there is none."""
-    for path in (folder / "labels.json", root / "labels.json"):
-        if path.is_file():
-            break
-    else:
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    whole = isinstance(values, dict) and all(type(value) is int and value > 0 for value in values.values())
-    if not whole or not values or len(set(values.values())) < len(values):
-        raise UserError(
-            f'{path} must give each label a whole number of its own above zero, {{"liver": 1, "tumor": 2}}.'
-        )
-    for label in values:
-        require_label_name(label, path)
-    return values
+def _has_many_folders(pairs: Sequence[Pair]) -> bool:
+    return all(pair.image.folder for pair in pairs) and len({pair.image.folder for pair in pairs}) >= LEAST_FOLDERS
 
 
-def _label_folders(masks: Sequence[Path]) -> list[str]:
-    """The names of the folders in any of these; a split may lack a label."""
-    inner = [path for folder in masks if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
-    labels = sorted({path.name for path in inner if not path.name.startswith((".", "@"))})
-    if not labels:
-        raise UserError(
-            f"the labels of {masks[0]} are unknown: put a labels.json beside it, "
-            f'{{"liver": 1, "tumor": 2}}, or the masks into a folder for each label.'
-        )
-    return labels
-
-
-def _slices(image: Path, masks: list[Path | None]) -> Sequence[int | None]:
-    """The slices of a volume, by their numbers; None for a picture."""
-    if is_volume(image):
-        shape = shape_of(image)
-        for mask in masks:
-            if mask is not None and (not is_volume(mask) or shape_of(mask) != shape):
-                size = " x ".join(map(str, shape))
-                raise UserError(f"{mask} is not a volume of {size}, as its image {image.name} is.")
-    return slices_of(image)
-
-
-def _read_mask(path: Path, number: int | None) -> np.ndarray:
-    return read_mask(path) if number is None else read_mask_slice(path, number)
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of splits, if there are any with images."""
+    folders = {path.name.lower(): path for path in folders_in(root)}
+    found = {
+        split: next(folders[name] for name in names if name in folders)
+        for split, names in SPLIT_NAMES.items()
+        if any(name in folders for name in names)
+    }
+    return found if any(has_images(folder) for folder in found.values()) else {}

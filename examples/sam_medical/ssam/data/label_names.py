@@ -1,0 +1,109 @@
+"""What the labels are called, and which values or colours stand for them: labels.json, and nnU-Net's dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssam.data.base import require_label_name
+from ssam.data.masks import BACKGROUND_NAMES, Colour, parse_colour
+from ssam.data.sources import plain
+from ssam.errors import UserError
+
+DARKEST_COLOUR = 64
+
+
+@dataclass(frozen=True)
+class LabelNames:
+    """Labels by the values, or by the colours, that a mask has for them.
+
+    Attributes:
+        values: The numbers of each label; nothing if it is colours.
+        colours: The colour of each label; nothing if it is numbers.
+        backgrounds: Colours, beside black, that are no label.
+    """
+
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    colours: Mapping[str, Colour] = field(default_factory=dict)
+    backgrounds: tuple[Colour, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.values or self.colours)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, in whichever of Unicode's encodings, with or without its mark.
+
+    Raises:
+        UserError: if it is none, or gives a key twice.
+    """
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+
+
+def read_label_names(path: Path) -> LabelNames:
+    """What ``labels.json`` says."""
+    return label_names(read_json(path), path)
+
+
+def label_names(content: Any, path: Path) -> LabelNames:
+    """From {"liver": 1}, {"liver": "#ff0000"}, or the other way round, {"1": "liver"}.
+
+    Raises:
+        UserError: if values are missing, of two kinds, or of two labels at once.
+    """
+    wrong = UserError(
+        f'{path} must give each label a whole number of its own above zero, {{"liver": 1, "tumor": 2}}, or a colour '
+        'of its own, {"liver": "#ff0000"}.'
+    )
+    if not isinstance(content, dict) or not content:
+        raise wrong
+    if all(key.isdigit() and isinstance(value, str) and not value.isdigit() for key, value in content.items()):
+        content = {value: int(key) for key, value in content.items()}
+    content = {plain(name): value for name, value in content.items()}
+    ignored = [name for name in content if name.lower() == "ignore"]
+    if ignored:
+        raise UserError(f"{path} has the label {ignored[0]!r}, and there is no way to leave pixels out; remove it.")
+    backgrounds = [value for name, value in content.items() if name.lower() in BACKGROUND_NAMES]
+    content = {name: value for name, value in content.items() if name.lower() not in BACKGROUND_NAMES}
+    numbers = {name: _as_numbers(value) for name, value in content.items()}
+    colours = {name: parse_colour(value) for name, value in content.items()}
+    for label in content:
+        require_label_name(label, path)
+    if content and all(numbers.values()):
+        values = {name: some for name, some in numbers.items() if some}
+        singles = [some for some in values.values() if len(some) == 1]
+        if len(set(singles)) < len(singles) or any(value not in (0, [0]) for value in backgrounds):
+            raise wrong
+        return LabelNames(values=values)
+    if content and all(colours.values()) and len(set(colours.values())) == len(colours):
+        known = {name: colour for name, colour in colours.items() if colour}
+        if (0, 0, 0) not in known.values():
+            others = tuple(colour for value in backgrounds if (colour := parse_colour(value)))
+            return LabelNames(colours=known, backgrounds=others)
+    raise wrong
+
+
+def _as_numbers(value: object) -> tuple[int, ...]:
+    """Whole numbers above zero: one, or nnU-Net's list of what a region is made of; nothing if it is none.
+
+    Three of them are a colour, unless they are so small that nobody could see it.
+    """
+    some = value if isinstance(value, list) else [value]
+    numbers = tuple(part for part in some if type(part) is int and part > 0)
+    is_colour = len(numbers) == 3 and max(numbers) >= DARKEST_COLOUR
+    return () if is_colour or len(numbers) < len(some) else numbers
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it gives {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content

@@ -1,0 +1,401 @@
+"""The ways in which people lay out images and their masks, each found by itself.
+
+A layout gives, for a folder, the labels, and every image with what says where they are in it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssam.data.annotations import Annotation, CocoAnnotations, LabelMaps, LabelmeShapes, MaskOfEach
+from ssam.data.base import require_label_name
+from ssam.data.decoding import EXTENSIONS
+from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
+from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
+from ssam.data.sources import Source, as_files, by_key, find_sources, folders_in, is_junk, plain, source_of_file
+from ssam.errors import UserError
+
+LABELS_FILE = "labels.json"
+NNUNET_FILE = "dataset.json"
+IMAGE_FOLDERS = ("images", "image", "imgs")
+MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentations", "ground_truth", "groundtruth", "gt")
+COCO_KEYS = {"images", "annotations", "categories"}
+# Of a file that is to tell whether it is COCO's or labelme's; read whole only if it begins so.
+NAMED_AT_MOST = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    image: Source
+    annotation: Annotation
+
+
+@dataclass
+class Part:
+    """What a folder holds: all images, or those of one split.
+
+    Attributes:
+        labels: Their names.
+        pairs: The images with what is in them.
+        notes: What a person should know of what was found.
+        modality: What the images are, where a file says so.
+        folder: Where the images are.
+    """
+
+    labels: Sequence[str]
+    pairs: list[Pair]
+    notes: list[str] = field(default_factory=list)
+    modality: str = ""
+    folder: Path = Path()
+
+
+def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
+    """Whatever layout the folder has.
+
+    Args:
+        folder: Of the images and masks.
+        root: Where ``labels.json`` may be, if it is not in the folder.
+        all_folders: Those of all splits, of which each may lack a label.
+
+    Raises:
+        UserError: if there are no images, or an image's masks are missing.
+    """
+    if (folder / NNUNET_FILE).is_file() and (folder / "imagesTr").is_dir():
+        return _nnunet(folder)
+    if coco_files(folder):
+        return _coco(folder, coco_files(folder), [path for other in all_folders for path in coco_files(other)])
+    if _folder_named(folder, IMAGE_FOLDERS) is None or _folder_named(folder, MASK_FOLDERS) is None:
+        shapes = _labelme_files(folder)
+        if shapes:
+            return _labelme(folder, shapes, [path for other in all_folders for path in _labelme_files(other)])
+        if _folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
+            beside = _masks_beside(folder, root)
+            if beside:
+                return beside
+    return _two_folders(folder, root, all_folders)
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder that is called like a split may be one."""
+    return _folder_named(folder, IMAGE_FOLDERS) is not None or bool(coco_files(folder) or _labelme_files(folder))
+
+
+def _folder_named(folder: Path, names: Sequence[str]) -> Path | None:
+    if not folder.is_dir():
+        return None
+    folders = {path.name.lower(): path for path in folders_in(folder)}
+    return next((folders[name] for name in names if name in folders), None)
+
+
+def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
+    image_folder, mask_folder = _folder_named(folder, IMAGE_FOLDERS), _folder_named(folder, MASK_FOLDERS)
+    if image_folder is None:
+        raise UserError(f"{folder} holds no folder images; add it, with the images.")
+    if mask_folder is None:
+        raise UserError(f"{folder} holds no folder masks; add it, with a mask for each, or a folder for each label.")
+    names = _names_beside(folder, root)
+    images, unknown = find_sources(image_folder)
+    part = Part((), [], folder=image_folder, notes=_notes_on(unknown))
+    if names:
+        masks, others = find_sources(mask_folder)
+        images = _slices_with_masks(images, masks, image_folder)
+        found = match(images, masks)
+        part.labels = names.labels
+        part.pairs = [Pair(image, LabelMaps(found.get(image.key, []), names)) for image in images]
+        used = {mask.key for some in found.values() for mask in some}
+    else:
+        mask_folders = [_folder_named(other, MASK_FOLDERS) for other in all_folders] or [mask_folder]
+        part.labels = _label_folders([other for other in mask_folders if other])
+        inner = {plain(path.name): path for path in folders_in(mask_folder)}
+        of_label = [find_sources(inner[label]) if label in inner else ([], []) for label in part.labels]
+        masks, others = (
+            [mask for some, _ in of_label for mask in some],
+            [path for _, some in of_label for path in some],
+        )
+        images = _slices_with_masks(images, masks, image_folder)
+        matched = [match(images, some) for some, _ in of_label]
+        part.pairs = [Pair(image, MaskOfEach([one.get(image.key, []) for one in matched])) for image in images]
+        used = {mask.key for one in matched for some in one.values() for mask in some}
+    for pair in part.pairs:
+        if not any(pair.annotation.masks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"{pair.image.path} has no mask {pair.image.key} in {mask_folder}; "
+                f"{_advice_on_missing_masks(mask_folder, bool(names))}"
+            )
+    part.notes += _notes_on(others) + _notes_on_unused(masks, used)
+    renamed = [pair for pair in part.pairs if names and pair.image.key != pair.annotation.masks[0].key]  # type: ignore[attr-defined]
+    if renamed:
+        first = renamed[0]
+        mask = first.annotation.masks[0]  # type: ignore[attr-defined]
+        part.notes.append(
+            f"masks are matched by what their names begin with, as {mask.path.name} with {first.image.path.name}"
+        )
+    return part
+
+
+def _slices_with_masks(images: list[Source], masks: Sequence[Source], folder: Path) -> list[Source]:
+    """The images, and in place of a DICOM series its slices where each of these has a mask of its own."""
+    keys = {mask.key for mask in masks}
+    result: list[Source] = []
+    for image in images:
+        slices = as_files(image, folder) if image.files and image.key not in keys else []
+        result += slices if slices and all(part.key in keys for part in slices) else [image]
+    return sorted(result, key=lambda source: source.key)
+
+
+def _names_beside(folder: Path, root: Path) -> LabelNames | None:
+    for path in (folder / LABELS_FILE, root / LABELS_FILE):
+        if path.is_file():
+            return read_label_names(path)
+    return None
+
+
+def _label_folders(mask_folders: Sequence[Path]) -> list[str]:
+    """The names of the folders in any of these; a split may lack a label."""
+    labels = sorted({plain(path.name) for folder in mask_folders for path in folders_in(folder)})
+    if not labels:
+        raise UserError(
+            f"the labels of {mask_folders[0]} are unknown: put a labels.json beside it, "
+            f'{{"liver": 1, "tumor": 2}}, or the masks into a folder for each label.'
+        )
+    return labels
+
+
+def _advice_on_missing_masks(mask_folder: Path, has_names: bool) -> str:
+    inner = sorted(path.name for path in mask_folder.iterdir() if not is_junk(path))
+    if has_names and inner and all((mask_folder / name).is_dir() for name in inner):
+        return "labels.json says that each image has one mask for all labels: remove it to use folders of masks."
+    return (
+        "add it, blank if there is nothing to see, or remove the image. A mask has its image's name, and there is "
+        f"{inner[0]}."
+        if inner
+        else "add it; there is none."
+    )
+
+
+def _masks_beside(folder: Path, root: Path) -> Part | None:
+    """Pictures and their masks in one folder, or in a folder for each kind of picture; told apart by their names."""
+    sources, unknown = find_sources(folder)
+    masks = [source for source in sources if is_mask_name(source.key)]
+    images = [source for source in sources if not is_mask_name(source.key)]
+    if not masks or not images:
+        return None
+    names, found = _names_beside(folder, root), match(images, masks)
+    missing = [image for image in images if image.key not in found]
+    if missing:
+        raise UserError(f"{missing[0].path} has no mask, {missing[0].path.stem}_mask beside it; add it, or remove it.")
+    labels = names.labels if names else ("lesion",)
+    pairs = [
+        Pair(image, LabelMaps(found[image.key], names) if names else MaskOfEach([found[image.key]]))
+        for image in images
+    ]
+    notes = [f"masks lie beside their images, as {masks[0].path.name}"]
+    if not names:
+        notes.append('without a labels.json the label is called "lesion"; give {"NAME": 255} to name it')
+    unknown = [path for path in unknown if path.name != LABELS_FILE]
+    return Part(labels, pairs, notes + _notes_on(unknown), folder=folder)
+
+
+def _nnunet(root: Path) -> Part:
+    """nnU-Net's raw data and the Medical Decathlon's, which share their folders and dataset.json."""
+    path = root / NNUNET_FILE
+    content = read_json(path)
+    channels = content.get("channel_names") or content.get("modality") or {}
+    names = label_names(content.get("labels"), path)
+    images, unknown = find_sources(root / "imagesTr")
+    masks, _ = find_sources(root / "labelsTr") if (root / "labelsTr").is_dir() else ([], [])
+    known = by_key(masks)
+    numbered = [image for image in images if image.key not in known and CHANNEL.search(image.name)]
+    several = [files for files in channels_of(numbered).values() if len(files) > 1]
+    if several or len(channels) > 1:
+        first = several[0][0] if several else images[0]
+        raise UserError(
+            f"{first.path} has {max(len(channels), len(several[0]) if several else 0)} channels, by {path}; keep "
+            "those of one of them in imagesTr, and it alone in dataset.json."
+        )
+    pairs = []
+    for image in images:
+        key = image.key if image.key in known else CHANNEL.sub("", image.key)
+        if key not in known:
+            raise UserError(f"{image.path} has no mask {key} in {root / 'labelsTr'}; add it, or remove the image.")
+        pairs.append(Pair(image, LabelMaps([known[key]], names)))
+    modality = str(next(iter(channels.values()), "")).upper()
+    return Part(
+        names.labels,
+        pairs,
+        [f"read as nnU-Net's or the Decathlon's, by {path}", *_notes_on(unknown)],
+        modality if modality in ("CT", "MR", "MRI", "T1", "T2", "FLAIR") else "",
+        root / "imagesTr",
+    )
+
+
+def coco_files(folder: Path) -> list[Path]:
+    """The files of a folder, or of its annotations, that are COCO's."""
+    places = [folder, folder / "annotations"]
+    found = [path for place in places if place.is_dir() for path in sorted(place.glob("*.json")) if not is_junk(path)]
+    return [path for path in found if path.name not in (LABELS_FILE, NNUNET_FILE) and _is_coco(path)]
+
+
+def _is_coco(path: Path) -> bool:
+    try:
+        content = read_json(path)
+    except UserError:
+        return False
+    return isinstance(content, dict) and content.keys() >= COCO_KEYS and isinstance(content["images"], list)
+
+
+def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> Part:
+    labels = _coco_labels(all_files or files)
+    part = Part(labels, [], [f"read as COCO's, by {', '.join(path.name for path in files)}"], folder=folder)
+    by_path, by_name = _files_below(folder)
+    used = set()
+    for file in files:
+        content = read_json(file)
+        places = {
+            category["id"]: labels.index(name)
+            for category in content["categories"]
+            if (name := plain(str(category["name"]))) in labels
+        }
+        of_image: dict[Any, list[Any]] = defaultdict(list)
+        for annotation in content["annotations"]:
+            _check_coco(annotation, places, file)
+            of_image[annotation["image_id"]].append(annotation)
+        for image in content["images"]:
+            name = plain(str(image["file_name"])).replace("\\", "/")
+            path = by_path.get(name) or by_name.get(name.rsplit("/", 1)[-1])
+            if path is None:
+                raise UserError(f"{file} lists {name}, which is in no folder of {folder}; add it.")
+            if isinstance(path, list):
+                raise UserError(f"{file} lists {name}, and {path[0]} and {path[1]} are called so; give its folder.")
+            used.add(path)
+            size = int(image.get("height") or 0), int(image.get("width") or 0)
+            annotation = CocoAnnotations(file, size, of_image[image["id"]], places, len(labels))
+            part.pairs.append(Pair(source_of_file(path), annotation))
+    part.pairs.sort(key=lambda pair: pair.image.key)
+    left = [path for path in by_path.values() if path not in used]
+    if left:
+        part.notes.append(f"{len(left)} images are not listed, and not read, first {left[0].name}")
+    return part
+
+
+def _coco_labels(files: Sequence[Path]) -> list[str]:
+    """The categories that some annotation has, in the order of the files."""
+    labels: list[str] = []
+    for file in files:
+        content = read_json(file)
+        used = {annotation.get("category_id") for annotation in content["annotations"]}
+        for category in content["categories"]:
+            name = plain(str(category["name"]))
+            if category["id"] in used and name not in labels:
+                require_label_name(name, file)
+                labels.append(name)
+    if not labels:
+        raise UserError(f"{files[0]} holds no annotations; export it with its outlines.")
+    return labels
+
+
+def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
+    number = annotation.get("id")
+    if annotation.get("category_id") not in places:
+        raise UserError(
+            f"{file} gives annotation {number} the category {annotation.get('category_id')}, which is none."
+        )
+    if not annotation.get("segmentation"):
+        raise UserError(f"{file} gives annotation {number} a box and no outline; export it with segmentations.")
+
+
+def _files_below(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Pictures by the paths that a list may call them by, and by their names, several of which are a list."""
+    by_path: dict[str, Path] = {}
+    by_name: dict[str, Any] = {}
+    for source in find_sources(folder)[0]:
+        place = plain(source.path.relative_to(folder).as_posix())
+        by_path[place] = source.path
+        name = place.rsplit("/", 1)[-1]
+        by_name[name] = [*_as_list(by_name[name]), source.path] if name in by_name else source.path
+    return by_path, by_name
+
+
+def _as_list(value: Any) -> list[Path]:
+    return value if isinstance(value, list) else [value]
+
+
+def _labelme_files(folder: Path) -> list[Path]:
+    """The files of a folder, or of one in it, that are labelme's."""
+    if not folder.is_dir():
+        return []
+    found = [
+        path
+        for path in sorted(folder.rglob("*.json"))
+        if not any(is_junk(Path(part)) for part in path.relative_to(folder).parts)
+    ]
+    return [path for path in found if path.name not in (LABELS_FILE, NNUNET_FILE) and _is_labelme(path)]
+
+
+def _is_labelme(path: Path) -> bool:
+    try:
+        content = read_json(path)
+    except UserError:
+        return False
+    return isinstance(content, dict) and "shapes" in content and "imagePath" in content
+
+
+def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> Part:
+    contents = {path: read_json(path) for path in files}
+    others = [contents.get(path) or read_json(path) for path in all_files]
+    labels = sorted(
+        {plain(str(shape["label"])) for content in others for shape in content["shapes"]} - {"_background_"}
+    )
+    if not labels:
+        raise UserError(f"{folder} holds labelme's files, but no shapes in them; draw some.")
+    for label in labels:
+        require_label_name(label, files[0])
+    by_path, by_name = _files_below(folder)
+    stems = {path.stem: path for path in by_path.values()}
+    part = Part(labels, [], [f"read as labelme's, by {files[0].name} and {len(files) - 1} others"], folder=folder)
+    used = set()
+    for path, content in contents.items():
+        name = plain(str(content["imagePath"])).replace("\\", "/").rsplit("/", 1)[-1]
+        beside = path.parent / name
+        image = beside if beside.is_file() else by_name.get(name) or stems.get(path.stem)
+        if image is None or isinstance(image, list):
+            raise UserError(
+                f"{path} is of {name}, which is in no folder of {folder}, or in several; put it beside it."
+            )
+        used.add(image)
+        shapes = [
+            {**shape, "label": plain(str(shape["label"]))}
+            for shape in content["shapes"]
+            if shape["label"] != "_background_"
+        ]
+        size = int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0)
+        part.pairs.append(Pair(_source_in(image, folder), LabelmeShapes(path, size, shapes, labels)))
+    part.pairs.sort(key=lambda pair: pair.image.key)
+    left = [path for path in by_path.values() if path not in used]
+    if left:
+        raise UserError(f"{left[0]} has no labelme file; save one, without shapes if there is nothing to see.")
+    return part
+
+
+def _source_in(path: Path, folder: Path) -> Source:
+    source = source_of_file(path)
+    place = path.parent.relative_to(folder).as_posix() if path.is_relative_to(folder) else "."
+    return source if place in (".", *IMAGE_FOLDERS) else Source(path, f"{place}/{source.name}")
+
+
+def _notes_on(unknown: Sequence[Path]) -> list[str]:
+    if not unknown:
+        return []
+    names = ", ".join(path.name for path in unknown[:NAMED_AT_MOST]) + (
+        " and others" if len(unknown) > NAMED_AT_MOST else ""
+    )
+    return [f"{len(unknown)} files in {unknown[0].parent} are not read: {names}; images are {', '.join(EXTENSIONS)}"]
+
+
+def _notes_on_unused(masks: Sequence[Source], used: set[str]) -> list[str]:
+    unused = [mask for mask in masks if mask.key not in used]
+    return [f"{len(unused)} masks belong to no image, first {unused[0].path}"] if unused else []

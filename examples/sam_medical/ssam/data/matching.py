@@ -1,0 +1,61 @@
+"""Which masks belong to which image, by their names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from ssam.data.sources import Source
+
+# What people add to an image's name to name its masks, and a number where it has several.
+MASK_SUFFIX = re.compile(
+    r"[ _.\-]+(masks?|seg|segm|segmentations?|labels?|gt|ground[ _\-]?truth|annotations?|anno|roi)([ _\-]?\d+)?$"
+)
+IMAGE_SUFFIX = re.compile(r"[ _.\-]+(image|img|orig|original|scan)$")
+CHANNEL = re.compile(r"_(\d{4})$")
+
+
+def is_mask_name(key: str) -> bool:
+    return MASK_SUFFIX.search(key) is not None
+
+
+def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[Source]]:
+    """The masks of each image, by its key: one of its name, those with a suffix, or the only one of its folder."""
+    exact = {mask.key: mask for mask in masks}
+    by_stem: dict[str, list[Source]] = defaultdict(list)
+    for mask in masks:
+        if is_mask_name(mask.key):
+            by_stem[MASK_SUFFIX.sub("", mask.key)].append(mask)
+    images_in, masks_in = _by_folder(images), _by_folder(masks)
+    places = Counter(image.key.rsplit("/", 1)[0] for image in images if "/" in image.key)
+    found = {}
+    for image in images:
+        stem = IMAGE_SUFFIX.sub("", image.key)
+        folder = image.key.rpartition("/")[0]
+        if image.key in exact:
+            found[image.key] = [exact[image.key]]
+        elif by_stem.get(image.key) or by_stem.get(stem):
+            found[image.key] = by_stem.get(image.key) or by_stem[stem]
+        elif stem in exact:
+            found[image.key] = [exact[stem]]
+        elif folder and len(images_in[folder]) == 1 and len(masks_in[folder]) == 1:
+            found[image.key] = masks_in[folder]
+        elif folder in exact and places[folder] == 1:
+            found[image.key] = [exact[folder]]
+    return found
+
+
+def channels_of(images: Sequence[Source]) -> dict[str, list[Source]]:
+    """nnU-Net's files of each case, whose names end in the number of a channel."""
+    cases: dict[str, list[Source]] = defaultdict(list)
+    for image in images:
+        cases[CHANNEL.sub("", image.name)].append(image)
+    return dict(cases)
+
+
+def _by_folder(sources: Sequence[Source]) -> dict[str, list[Source]]:
+    folders: dict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        folders[source.key.rpartition("/")[0]].append(source)
+    return folders

@@ -1,0 +1,214 @@
+"""What there is in a folder: pictures, volumes and DICOM series, by name; and what is left over."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssam.data.decoding import Scan, decode, is_dicom, suffix_of
+from ssam.errors import UserError, first_line
+
+JUNK_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
+JUNK_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "dicomdir", ".ds_store"}
+# Pixels that a header beside them refers to.
+COMPANIONS = (".raw", ".zraw", ".raw.gz")
+HEADER_TAGS = (
+    "SOPClassUID",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "AcquisitionNumber",
+)
+# Of the usual distance of two slices.
+UNEVEN = 0.1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a DICOM series, that holds one picture, stack or volume.
+
+    Attributes:
+        path: The file; of a series its folder.
+        name: Its place in the folder it was found in, without the ending: what a mask of it is called.
+        files: Of a series, its slices from one end to the other.
+        problem: Why it cannot be read, where that is known already.
+    """
+
+    path: Path
+    name: str
+    files: tuple[Path, ...] = ()
+    problem: str = ""
+
+    @property
+    def key(self) -> str:
+        """By which images and masks are matched: however letters are written, and whichever case."""
+        return plain(self.name).lower()
+
+    @property
+    def flat_name(self) -> str:
+        return self.name.replace("/", "_")
+
+    @property
+    def folder(self) -> str:
+        """The first of the folders that it lies in; empty if there is none."""
+        return self.name.split("/")[0] if "/" in self.name else ""
+
+    def decode(self) -> Scan:
+        if self.problem:
+            raise UserError(self.problem)
+        return decode(self.path, self.files)
+
+
+def plain(text: str) -> str:
+    """With letters and their accents in one character, as most systems write them, and Macs do not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def is_junk(path: Path) -> bool:
+    """What systems leave behind, which nobody means to be read."""
+    name = path.name.lower()
+    return name.startswith((".", "~$", "@")) or name in JUNK_FOLDERS or name in JUNK_FILES
+
+
+def folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_junk(path))
+
+
+def find_sources(folder: Path, skip: Sequence[Path] = ()) -> tuple[list[Source], list[Path]]:
+    """The sources in a folder and its folders, in the order of their names, and the files that are none.
+
+    Raises:
+        UserError: if two sources have one name.
+    """
+    sources: list[Source] = []
+    unknown: list[Path] = []
+    for inner, paths in _walk(folder, skip):
+        dicom = []
+        for path in paths:
+            if is_dicom(path):
+                dicom.append(path)
+            elif suffix_of(path.name):
+                sources.append(_single(path, folder))
+            elif not path.name.lower().endswith(COMPANIONS):
+                unknown.append(path)
+        sources += _dicom_sources(inner, dicom, folder)
+    return _without_twins(sources), unknown
+
+
+def as_files(source: Source, folder: Path) -> list[Source]:
+    """The slices of a series, each as a picture of its own."""
+    return [_single(path, folder) for path in sorted(source.files)]
+
+
+def source_of_file(path: Path) -> Source:
+    return _single(path, path.parent)
+
+
+def by_key(sources: Sequence[Source]) -> dict[str, Source]:
+    return {source.key: source for source in sources}
+
+
+def _walk(folder: Path, skip: Sequence[Path]) -> Iterator[tuple[Path, list[Path]]]:
+    for root, folders, names in os.walk(folder, followlinks=True):
+        inner = Path(root)
+        folders[:] = sorted(name for name in folders if not is_junk(inner / name) and inner / name not in skip)
+        yield inner, sorted(inner / name for name in names if not is_junk(Path(name)))
+
+
+def _single(path: Path, folder: Path) -> Source:
+    place = path.relative_to(folder).as_posix()
+    suffix = suffix_of(path.name)
+    return Source(path, place[: -len(suffix)] if suffix else place)
+
+
+def _without_twins(sources: list[Source]) -> list[Source]:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        other = seen.setdefault(source.key, source)
+        if other is not source:
+            raise UserError(
+                f"{source.path.parent} holds both {other.path.name} and {source.path.name}; remove one of the two."
+            )
+    return sorted(sources, key=lambda source: source.key)
+
+
+def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]:
+    """A source for each series of slices in a folder, and one for each other file."""
+    if len(paths) < 2:
+        return [_single(path, folder) for path in paths]
+    series: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
+    singles: list[Source] = []
+    for path in paths:
+        header = _header(path)
+        if header is not None and "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1:
+            series[_series_key(header)].append((path, header))
+        else:
+            singles.append(_single(path, folder))
+    volumes = [slices for slices in series.values() if len(slices) > 1]
+    singles += [_single(slices[0][0], folder) for slices in series.values() if len(slices) == 1]
+    place = inner.relative_to(folder).as_posix()
+    name = inner.resolve().name if place == "." else place
+    many = len(volumes) > 1
+    for number, slices in enumerate(volumes, start=1):
+        said = slices[0][1].get("SeriesNumber")
+        singles.append(_volume(inner, f"{name}_series{said or number}" if many else name, slices))
+    names = [source.key for source in singles]
+    if len(set(names)) < len(names):  # two series of one number
+        singles = [
+            replace(source, name=f"{source.name}_{place + 1}") if names.count(source.key) > 1 else source
+            for place, source in enumerate(singles)
+        ]
+    return singles
+
+
+def _header(path: Path) -> Any:
+    import pydicom
+
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
+    except Exception:
+        return None  # which decoding it will say more of
+
+
+def _series_key(header: Any) -> tuple[Any, ...]:
+    orientation = [round(float(number), 3) for number in header.get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0])]
+    return (header.get("SeriesInstanceUID"), tuple(orientation), header.get("Rows"), header.get("Columns"))
+
+
+def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
+    """A series in the order of its slices' positions, with what is wrong with them."""
+    try:
+        across = np.array(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), dtype=float)
+        normal = np.cross(across[:3], across[3:])
+        places = [float(np.dot(normal, np.array(header.ImagePositionPatient, dtype=float))) for _, header in slices]
+    except (ValueError, TypeError) as error:
+        return Source(path, name, problem=f"{path} has slices without a place ({first_line(error)}); remove them.")
+    order = np.argsort(places, kind="stable")
+    files = tuple(slices[index][0] for index in order)
+    gaps = np.diff(np.array(places)[order])
+    usual = float(np.median(gaps))
+    problem = ""
+    if gaps.min() < 1e-3:
+        first = int(gaps.argmin())
+        problem = (
+            f"{path} has two slices in one place, {files[first].name} and {files[first + 1].name}: several time "
+            "points, echoes or copies; keep one of them."
+        )
+    elif np.abs(gaps - usual).max() > UNEVEN * usual:
+        first = int(np.abs(gaps - usual).argmax())
+        problem = (
+            f"{path} has slices {usual:g} mm apart, but {files[first].name} and {files[first + 1].name} are "
+            f"{gaps[first]:g} mm apart; add the slices that are missing, or save it as an even volume."
+        )
+    return Source(path, name, files, problem)
