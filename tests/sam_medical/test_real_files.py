@@ -105,7 +105,7 @@ class TestIntensities:
         assert grey_at("window:soft-tissue", air).tolist() == [0, 0, 0]
         assert grey_at("window:soft-tissue", tumor)[0] < grey_at("window:soft-tissue", tissue)[0]
         for wrong in ("window:40", "window:1,2,3", "window:40,-3", "percentile:9,3", "hounsfield", "window:lung,bone"):
-            with pytest.raises(UserError, match="intensity is .* must be auto, window:40,400"):
+            with pytest.raises(UserError, match=r"intensity is .* must be auto, window:40,400"):
                 Reading(wrong)
 
     def test_no_single_voxel_decides_what_is_white(self, tmp_path):
@@ -303,7 +303,7 @@ class TestMasks:
         masks = self.one(tmp_path / "a", shape * np.uint8(255), "a.jpg", labels={"thing": 255}, quality=75)
         assert abs(int(masks.sum()) - int(shape.sum())) <= 2
         two = shape * np.uint8(255) + disk(row=38, column=50, radius=6) * np.uint8(128)
-        with pytest.raises(UserError, match="between the labels .*saved in a format that changes values"):
+        with pytest.raises(UserError, match=r"between the labels .*saved in a format that changes values"):
             self.one(tmp_path / "b", two, "a.jpg", labels={"one": 255, "two": 128}, quality=75)
         with pytest.raises(UserError, match=r"0 to \d+ in a format that changes values"):
             self.one(tmp_path / "c", shape * np.uint8(9), "a.jpg", quality=50)

@@ -111,8 +111,13 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
     import highdicom
     import pydicom
     from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
 
     images = [pydicom.dcmread(file, force=True) for file in scan.files]
+    for image in images:  # what a SEG must refer to, and some files lack; the same for all of a series
+        image.setdefault("FrameOfReferenceUID", generate_uid(entropy_srcs=[str(image.SeriesInstanceUID)]))
+        if scan.affine is not None:
+            image.setdefault("SliceThickness", float(voxel_sizes(scan.affine)[2]))
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="svdtune", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
