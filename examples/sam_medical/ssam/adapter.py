@@ -9,14 +9,14 @@ from pathlib import Path
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
 from ssam.data.base import require_label_name
 from ssam.errors import UserError, first_line
-from ssam.files import write_json
+from ssam.files import write_json, write_tensors
 from ssam.methods import METHODS, Method
 from ssam.model import PromptedSam
 from ssam.networks import build_network
@@ -116,10 +116,9 @@ def save_adapter(model: nn.Module, text_embeddings: Tensor | None, task: Task, f
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
     else:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept_tensors(model).items()}
-        save_file(tensors, folder / PLAIN_WEIGHTS_FILE)
+        write_tensors(folder / PLAIN_WEIGHTS_FILE, kept_tensors(model))
     if text_embeddings is not None:
-        save_file({"text_embeddings": text_embeddings.cpu().contiguous()}, folder / TEXT_FILE)
+        write_tensors(folder / TEXT_FILE, {"text_embeddings": text_embeddings})
     write_json(folder / TASK_FILE, asdict(task))
     (folder / "README.md").write_text(model_card(task))
 
