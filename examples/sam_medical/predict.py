@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from ssam.adapter import load_adapter, read_task
+from ssam.adapter import load_adapter
 from ssam.data.folder import ImageFolder
 from ssam.data.loading import evaluation_loader
 from ssam.data.nifti import is_volume, without_suffix, write_mask_volume
@@ -27,6 +27,7 @@ from ssam.files import replacing_file
 from ssam.methods import METHODS
 from ssam.options import PredictOptions, parse_options
 from ssam.runtime import prepare_process
+from ssam.task import read_task
 
 
 @one_line_errors

@@ -25,7 +25,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ssam.adapter import Task, build_model, load_adapter
+from ssam.adapter import build_model, load_adapter
 from ssam.checkpoint import CHECKPOINT, check_states
 from ssam.data import SegmentationDataset, open_splits
 from ssam.data.loading import evaluation_loader, spread
@@ -40,6 +40,7 @@ from ssam.record import check_images, environment, peak_memory
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
 from ssam.runtime import check_processes, end_together, make_accelerator, prepare_process
 from ssam.signals import end_with_parent
+from ssam.task import Task
 from ssam.text import encode_labels
 from ssam.training import train
 from ssam.tuning import count_trainable

@@ -17,7 +17,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ssam.adapter import Task
 from ssam.errors import USER_ERROR_STATUS, UserError, describe
 from ssam.files import (
     UNFINISHED,
@@ -45,6 +44,7 @@ from ssam.state import (
     unpack,
     unpack_random,
 )
+from ssam.task import Task
 
 CHECKPOINT = "checkpoint"
 RUN_FILE = "run.json"

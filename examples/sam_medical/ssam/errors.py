@@ -48,7 +48,7 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             _end(describe(error))
         except Stopped as stop:
-            print("Stopped.", file=sys.stderr)
+            print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)
 
     return wrapped

@@ -19,10 +19,10 @@ PARENT = "SSAM_ENDS_WITH_PARENT"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has come, with this number."""
+    """A signal has come, with this number; the message says where that leaves the command."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"signal {number}")
+    def __init__(self, number: int, message: str = "Stopped.") -> None:
+        super().__init__(message)
         self.number = number
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ssam.adapter import Task, save_adapter
+from ssam.adapter import save_adapter
 from ssam.backbones import checkpoint_blocks
 from ssam.checkpoint import Checkpoints, description_of_run, together
 from ssam.data import SegmentationDataset
@@ -34,6 +34,7 @@ from ssam.progress import Progress
 from ssam.runtime import start_tracking
 from ssam.signals import Interruption
 from ssam.state import Training
+from ssam.task import Task
 from ssam.tuning import count_trainable, parameter_groups
 
 

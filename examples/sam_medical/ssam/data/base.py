@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ssam.data.nifti import is_volume, read_image_slice, without_suffix
 from ssam.errors import UserError
+from ssam.names import why_not_a_folder
 
 EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # Of ten patients or images in a row, where nobody has split them.
@@ -166,10 +168,15 @@ def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Pa
         raise UserError(f"{mask_path} holds {some}, which belong to no label; known are {sorted(known)}.")
 
 
-def require_label_name(label: str, path: Path) -> None:
-    """Raises a UserError, naming the file, if a label cannot be a folder's name, which predict.py gives its masks."""
-    if label != label.strip() or label in ("", ".", "..") or "/" in label or "\\" in label:
-        raise UserError(f"{path} has the label {label!r}; a label's name is also a folder's, so it has no / or \\.")
+def require_label_names(labels: Sequence[str], path: Path) -> None:
+    """Raises a UserError, naming the file, if labels cannot be folders' names, which predict.py gives their masks."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        if reason := why_not_a_folder(label):
+            raise UserError(f"{path} has the label {label!r}; its name is also a folder's, and this one {reason}.")
+        other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
+        if other != label or labels.count(label) > 1:
+            raise UserError(f"{path} has the labels {other!r} and {label!r}, which are one folder on some systems.")
 
 
 def open_image(path: Path) -> Image.Image:

@@ -33,7 +33,7 @@ from ssam.data.base import (
     read_mask,
     require_folder,
     require_known_values,
-    require_label_name,
+    require_label_names,
 )
 from ssam.data.nifti import (
     VOLUMES,
@@ -44,7 +44,7 @@ from ssam.data.nifti import (
     slices_of,
     without_suffix,
 )
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 
 HOLDING = "images, masks and labels.json"
 
@@ -126,16 +126,15 @@ def _read_label_values(folder: Path, root: Path) -> dict[str, int]:
     else:
         return {}
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}.") from error
     whole = isinstance(values, dict) and all(type(value) is int and value > 0 for value in values.values())
     if not whole or not values or len(set(values.values())) < len(values):
         raise UserError(
             f'{path} must give each label a whole number of its own above zero, {{"liver": 1, "tumor": 2}}.'
         )
-    for label in values:
-        require_label_name(label, path)
+    require_label_names(list(values), path)
     return values
 
 
@@ -148,6 +147,7 @@ def _label_folders(masks: Sequence[Path]) -> list[str]:
             f"the labels of {masks[0]} are unknown: put a labels.json beside it, "
             f'{{"liver": 1, "tumor": 2}}, or the masks into a folder for each label.'
         )
+    require_label_names(labels, masks[0])
     return labels
 
 
