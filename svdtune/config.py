@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
-from svdtune.files import check_adapter_file, mention_plugin
+from svdtune.choices import check_choices
+from svdtune.digests import DIGITS
+from svdtune.files import (
+    CHOICES,
+    check_adapter_file,
+    check_config_file,
+    digests_to_save,
+    finish_adapter_files,
+    mention_plugin,
+)
 from svdtune.registration import peft_type
+
+# What belongs to a machine and its user, and is taken from no file. A downloaded adapter must not name folders.
+OF_THIS_MACHINE: dict[str, Any] = {"svd_cache": None, "strict": False}
+# Of adapter_config.json. Version 2 added `digests`.
+FORMAT_VERSION = 2
+# The choices that change what saved values mean, and neither their names nor their shapes.
+GIVE_MEANING = ("nonlinearity", "scale", "shift", "bias", "trainable_token_indices")
 
 
 @dataclass
@@ -56,6 +75,9 @@ class SVDScaleShiftConfig(PeftConfig):
             it on a config that was read with `from_pretrained` and is passed along.
         fingerprints: What each tuned weight answered to fixed changes of its singular values when the adapter was
             made (see `Spectrum.fingerprint`). Filled in when the adapter is saved.
+        digests: A digest of each saved tensor by its name, and of the choices that give them meaning, by which damage
+            is noticed. Filled in when the adapter is saved.
+        format_version: Of the file that the config was read from; None if it was not read, or is from before 2.
     """
 
     target_modules: list[str] | str | None = field(
@@ -102,33 +124,44 @@ class SVDScaleShiftConfig(PeftConfig):
     fingerprints: dict[str, list[float]] | None = field(
         default=None, metadata={"help": "A few numbers that tell the singular vectors of each tuned weight."}
     )
+    digests: dict[str, str] | None = field(
+        default=None, metadata={"help": "A digest of each saved tensor, and of the choices that give them meaning."}
+    )
+    format_version: int | None = field(default=None, metadata={"help": "Of the file that the config was read from."})
 
     def __post_init__(self) -> None:
+        # JSON has the type as a plain string; whoever writes Python leaves it out, or passes PEFT's own member.
+        self.read_from_file = type(self.peft_type) is str
+        if self.read_from_file:
+            self._forget_what_is_of_this_machine()
         super().__post_init__()
         self.peft_type = peft_type()
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        check_choices(self)
+        if self.format_version is not None and self.format_version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"`format_version` is {self.format_version!r}; this svdtune reads adapters up to version "
+                f"{FORMAT_VERSION}. Upgrade svdtune: pip install -U svdtune."
+            )
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, not as a string.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` needs `target_modules` as a list of names, not as a string.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` does nothing without `layers_to_transform`: give both or neither.")
-        self.rank_pattern = self.rank_pattern or {}
-        for name in ("scale", "shift", "one_sided", "strict", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it can be True or False.")
-        if not (self.scale or self.shift):
-            raise ValueError("Nothing would learn: `scale` and `shift` cannot both be False.")
-        _check_choice("nonlinearity", self.nonlinearity, ("relu", "none"))
-        _check_choice("bias", self.bias, ("none", "all", "svd_scale_shift_only"))
-        for name, rank in {
-            "rank": self.rank,
-            **{f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()},
-        }.items():
-            _check_rank(name, rank)
-        # Filled when a model is about to be saved. Not a field: what a config is used for next is another model.
+        self.trainable_token_indices = self.trainable_token_indices or None
+        # Measured just before the adapter is saved. Not fields: the same config may be used for another model.
         self.measured_fingerprints: dict[str, list[float]] = {}
+        self.measured_digests: dict[str, str] = {}
+        # Of an adapter on the hub, whose weights are checked when they are there.
+        self.unchecked_digests: dict[str, str] = {}
+
+    def _forget_what_is_of_this_machine(self) -> None:
+        given = [name for name, default in OF_THIS_MACHINE.items() if getattr(self, name) is not default]
+        if given:
+            warnings.warn(
+                f"The adapter's config sets {' and '.join(f'`{name}`' for name in given)}, which no file may. Give it "
+                "to PeftModel.from_pretrained.",
+                stacklevel=4,
+            )
+        for name, default in OF_THIS_MACHINE.items():
+            setattr(self, name, default)
 
     def rank_of(self, pattern: str | None, available: int) -> int:
         """How many of a layer's ``available`` singular values are tuned; ``pattern`` is its key in `rank_pattern`."""
@@ -141,37 +174,62 @@ class SVDScaleShiftConfig(PeftConfig):
         """The config as it is saved."""
         values = super().to_dict()
         values["fingerprints"] = self.fingerprints or self.measured_fingerprints or None
-        del values["strict"], values["svd_cache"]
+        values["digests"] = self.measured_digests or self.digests or None
+        values["format_version"] = FORMAT_VERSION
+        for name in OF_THIS_MACHINE:
+            del values[name]
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Writes ``adapter_config.json``, and says in a model card beside it that loading needs this package."""
+        folder = Path(save_directory)
+        if self.measured_digests:
+            self.measured_digests = digests_to_save(folder, self.measured_digests)
         super().save_pretrained(save_directory, **kwargs)
-        mention_plugin(Path(save_directory))
+        self.measured_digests = {}  # the values may change before the config is saved again
+        mention_plugin(folder)
+        finish_adapter_files(folder)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SVDScaleShiftConfig:
-        """Reads the config of an adapter, and in a local folder makes sure that the weights beside it are whole."""
-        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        """Reads the config of an adapter, and in a local folder makes sure that the weights beside it are whole.
+
+        Raises:
+            ValueError: with the name of the file, key or tensor, if one is missing, damaged, or not what was saved.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_config_file(folder)
+        of_this_machine = {name: kwargs.pop(name) for name in OF_THIS_MACHINE if name in kwargs}
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, cls):
+            config.read_from_file = True
+            config._check_what_is_read(folder)
+            for name, default in OF_THIS_MACHINE.items():
+                setattr(config, name, of_this_machine.get(name, default))
+            check_choices(config)
+        return config
+
+    def _check_what_is_read(self, folder: Path) -> None:
+        digests = self.digests or {}
+        if digests and digests.get(CHOICES) != self.digest_of_choices():
+            names = ", ".join(f"`{name}`" for name in (*GIVE_MEANING, "modules_to_save"))
+            raise ValueError(
+                f"{folder / CHOICES} is damaged: one of {names} has changed since it was saved. Copy or download it "
+                "again."
+            )
+        check_adapter_file(folder, digests)
+        if not folder.is_dir():
+            self.unchecked_digests = digests
+
+    def digest_of_choices(self) -> str:
+        """Of the choices that change what the values mean, and not their names and shapes."""
+        choices = {name: getattr(self, name) for name in GIVE_MEANING}
+        choices["modules_to_save"] = sorted(set(self.modules_to_save or ()))
+        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 def _as_set(names):
     """PEFT matches lists of module names as sets."""
-    return set(names) if isinstance(names, list) else names
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; it can be {', '.join(map(repr, choices))}.")
-
-
-def _check_rank(name: str, rank: int | float | None) -> None:
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    fraction = isinstance(rank, float) and 0 < rank <= 1
-    if not (rank is None or whole or fraction):
-        raise ValueError(
-            f"`{name}` is {rank!r}; it can be a number from 1 up, a fraction in (0.0, 1.0], or None for all."
-        )
+    return set(names) if isinstance(names, (list, tuple, frozenset)) else names

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import threading
+import stat
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 
+from svdtune.digests import digests_of_file
+
+# Where the digests of a config hold the one of its own choices. Names of tensors have no such form.
+CHOICES = CONFIG_NAME
 MODEL_CARD = "README.md"
 HOW_TO_LOAD = """
 ## How to load this adapter
@@ -24,20 +32,73 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 """
 
 
-def check_adapter_file(folder: Path) -> None:
-    """Makes sure that the weights in a local adapter folder can be read, where they are.
+def check_config_file(folder: Path) -> None:
+    """Makes sure that the config in a local adapter folder is a JSON object, where it is.
 
     Raises:
-        ValueError: with the name of the file, if it is truncated or something else.
+        ValueError: with the name of the file, if it is something else.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = folder / CONFIG_NAME
     if not path.is_file():
         return
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}). Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object. Copy or download it again.")
+
+
+def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> None:
+    """Makes sure that the weights in a local adapter folder are whole, and those that were saved.
+
+    Args:
+        folder: The folder; nothing is checked where it holds no safetensors file.
+        digests: Those of the config beside it; empty for adapters from before there were any.
+
+    Raises:
+        ValueError: with the name of the file, and of the tensor if it is one that is missing or has changed.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise ValueError(f"{path} is no file. Copy or download it again.")
+    try:
+        found = digests_of_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy or download it again.") from error
+    for name in digests:
+        if name != CHOICES and name not in found:
+            raise ValueError(f"{path} is damaged: `{name}` is missing. Copy or download it again.")
+    check_digests(str(path), found, digests)
+
+
+def check_digests(source: str, found: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Makes sure that tensors are those that were saved.
+
+    Raises:
+        ValueError: with ``source`` and the name of a tensor that has changed.
+    """
+    for name in found.keys() & digests.keys():
+        if found[name] != digests[name]:
+            raise ValueError(
+                f"{source} is damaged: `{name}` has changed since it was saved. Copy or download it again."
+            )
+
+
+def digests_to_save(folder: Path, measured: dict[str, str]) -> dict[str, str]:
+    """The digests of what has just been saved, those of tensors that PEFT has added to it included.
+
+    PEFT saves embeddings with an adapter when the vocabulary was resized. Its `PeftModel` writes the weights before
+    the config, so they are in the folder; transformers writes them after it.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    with contextlib.suppress(SafetensorError, OSError, RuntimeError, ValueError):
+        in_file = digests_of_file(path)
+        if measured.items() - {CHOICES: measured.get(CHOICES)}.items() <= in_file.items():
+            return {**in_file, **measured}
+    return measured
 
 
 def mention_plugin(folder: Path) -> None:
@@ -46,6 +107,26 @@ def mention_plugin(folder: Path) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\ntags:\n- svdtune\n---\n"
     if "import svdtune" in card:
         return
-    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")  # several processes may save at once
-    temporary.write_text(card.rstrip() + "\n" + HOW_TO_LOAD, encoding="utf-8")
-    os.replace(temporary, path)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")  # several processes may save at once
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(card.rstrip() + "\n" + HOW_TO_LOAD)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def finish_adapter_files(folder: Path) -> None:
+    """Gives the files the rights of the config, and has them written to the disk.
+
+    The config was made by `open`, so it has the rights that the umask leaves; safetensors gives none to others.
+    """
+    mode = stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MODEL_CARD):
+        path = folder / name
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it may be somebody else's
+                path.chmod(mode)
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())

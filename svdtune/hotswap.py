@@ -7,12 +7,9 @@ from typing import Any
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from svdtune.adapter_state import check_fingerprints, fingerprints_of
-from svdtune.config import SVDScaleShiftConfig
+from svdtune.adapter_state import check_fingerprints
+from svdtune.config import GIVE_MEANING, SVDScaleShiftConfig
 from svdtune.layer import SVDScaleShiftLayer
-
-# What a loaded adapter's layers were made with, beyond the shapes of their values.
-MUST_AGREE = ("nonlinearity", "scale", "shift", "bias", "trainable_token_indices")
 
 
 def hotswap_adapter(
@@ -43,22 +40,23 @@ def hotswap_adapter(
     config = SVDScaleShiftConfig.from_pretrained(model_name_or_path, **download_options)
     if not isinstance(config, SVDScaleShiftConfig):
         raise ValueError(f"{model_name_or_path} is an adapter of another method, {type(config).__name__}.")
-    for name in MUST_AGREE:
+    for name in GIVE_MEANING:
         if getattr(config, name) != getattr(loaded, name):
             raise ValueError(
                 f"{model_name_or_path} cannot take the place of {adapter_name!r}: its `{name}` is "
                 f"{getattr(config, name)!r}, and not {getattr(loaded, name)!r}."
             )
     config.strict = loaded.strict
-    check_fingerprints(adapter_name, config, fingerprints_of(model, adapter_name))
+    check_fingerprints(model, adapter_name, config)
     state_dict = load_peft_weights(model_name_or_path, device="cpu", **download_options)
     _check_same_shapes(
         model_name_or_path,
         state_dict,
         get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False),
     )
+    loaded.unchecked_digests = config.unchecked_digests
     set_peft_model_state_dict(model, state_dict, adapter_name)
-    loaded.fingerprints = config.fingerprints
+    loaded.fingerprints, loaded.digests = config.fingerprints, config.digests
 
 
 def _check_same_shapes(source: str, given: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

@@ -12,14 +12,24 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from svdtune.adapter_state import check_fingerprints, check_values, fingerprints_of
+from svdtune.adapter_state import (
+    check_fingerprints,
+    check_values,
+    fingerprints_of,
+    names_in_file,
+    tensors_trained_whole,
+)
 from svdtune.arithmetic import (
     check_combination,
     combine_changes,
     config_of_combination,
     count_shared_modules_to_save,
 )
+from svdtune.choices import check_token_rows, expressions_of
 from svdtune.config import SVDScaleShiftConfig
+from svdtune.digests import digest_of_each
+from svdtune.expressions import check_time
+from svdtune.files import CHOICES, check_digests
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.mixed_batch import adapter_of_each_sample
 from svdtune.targets import DEFAULT_TARGET_MODULES
@@ -46,11 +56,15 @@ class SVDScaleShiftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        check_fingerprints(adapter_name, config, fingerprints_of(model, adapter_name))
+        check_time(expressions_of(config), (name for name, _ in model.named_modules()))
+        check_token_rows(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]  # PEFT may have put another one in its place
+        check_fingerprints(model, adapter_name, config)
         if not config.inference_mode:
-            config.fingerprints = None  # what is trained here is made for the weights here
+            # What is trained here is made for the weights here.
+            config.fingerprints, config.digests = None, None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Looks up the default targets; a model that has none needs none where parameters are targeted."""
@@ -97,17 +111,26 @@ class SVDScaleShiftModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        """Takes the fingerprints along, when an adapter is about to be saved, for its config to be saved with."""
+        """Takes fingerprints and digests, when an adapter is about to be saved, for its config to be saved with."""
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        whole = tensors_trained_whole(model, adapter_name, kwargs["state_dict"])
+        in_file = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in saved.items()}
         config.measured_fingerprints = fingerprints_of(model, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        config.measured_digests = {**digest_of_each({**in_file, **whole}), CHOICES: config.digest_of_choices()}
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names an adapter's values as the model does, and makes sure that there is one for each."""
+        if config.unchecked_digests:
+            in_file = names_in_file(model, adapter_name)
+            given = {in_file.get(key, key): tensor for key, tensor in state_dict.items()}
+            check_digests(f"The adapter {adapter_name!r}", digest_of_each(given), config.unchecked_digests)
+            config.unchecked_digests = {}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_values(model, adapter_name, remapped, cls.prefix)
+        check_values(model, adapter_name, config, remapped)
         return remapped
 
     @contextmanager

@@ -8,6 +8,7 @@ fixed basis where singular values are equal, and no vectors at all where they ar
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,8 @@ from svdtune.functional import weight_change
 
 Sides = Literal["both", "left", "right"]
 
-# To change with anything below that changes what is computed: what is in a cache then counts no more.
-VERSION = 1
+# Bump this when the computed result changes; it invalidates cached decompositions.
+VERSION = 2
 # The Gram matrix squares the condition number, so in float64 its eigenvectors are good to (1e-16 * condition**2);
 # weights that are worse conditioned than this take the slower, direct decomposition.
 GRAM_CONDITION_LIMIT = 1e4
@@ -31,8 +32,11 @@ GRAM_BLOCK = 192
 EQUAL_VALUES_TOLERANCE = 1e-6
 # How many times the rounding errors of a product may grow where singular values are divided by; see `tail_of`.
 AMPLIFICATION_LIMIT = 4.0
+# Singular values below this have no reciprocal in float32, in which S and 1 / S are kept.
+SMALLEST_DIVISOR = 2 / torch.finfo(torch.float32).max
 # How many fixed random changes of the singular values a fingerprint answers to.
 FINGERPRINT_CHANGES = 7
+FINGERPRINT_LENGTH = 1 + FINGERPRINT_CHANGES
 
 
 class Spectrum(nn.Module):
@@ -68,9 +72,15 @@ class Spectrum(nn.Module):
         self.sides = sides
         self.full_rank = rank is None or rank >= min(matrices.shape[1:])
         self.available_rank = min(matrices.shape[1:])
-        held = cached(cache, (VERSION, rank, sides), matrices, lambda: _what_is_held(matrices, rank, sides))
+        held = cached(
+            cache,
+            (VERSION, rank, sides),
+            matrices,
+            compute=lambda: _what_is_held(matrices, rank, sides),
+            fits=lambda tensors: _fits(tensors, matrices, rank, sides),
+        )
+        self._responses = _responses(matrices, sides, **held)
         device, dtype = matrices.device, torch.promote_types(matrices.dtype, torch.float32)
-        self._responses = held["responses"]
         self.left, self.right = held["left"].to(device), held["right"].to(device)
         self.singular_values = held["singular_values"].to(device, dtype)
         self.reciprocals = held["reciprocals"].to(device, dtype)
@@ -133,7 +143,8 @@ class Spectrum(nn.Module):
 
         The first is the norm of S; the others are gᵀ U diag(e * S) Vᵀ h, one for each fixed vector e of random signs,
         with fixed Gaussian g and h: what that change of the singular values does to the weight, seen from one side.
-        They depend on U and Vᵀ but not on the signs that a decomposition leaves open.
+        They depend on U and Vᵀ but not on the signs that a decomposition leaves open. They are computed from the
+        vectors as they are held, also where those come from a cache.
         """
         responses = self.leading(self._responses, rank)
         signs = np.random.RandomState(1).choice([-1.0, 1.0], size=(FINGERPRINT_CHANGES, len(responses)))
@@ -209,7 +220,7 @@ def tail_of(singular_values: Tensor, threshold: Tensor) -> int:
     """
     mean_square = singular_values.square().mean(-1, keepdim=True)
     errors = (mean_square / singular_values.square()).cumsum(-1) / singular_values.shape[-1]
-    can_be_divided_by = (errors <= AMPLIFICATION_LIMIT**2) & (singular_values > threshold)
+    can_be_divided_by = (errors <= AMPLIFICATION_LIMIT**2) & (singular_values > threshold.clamp(min=SMALLEST_DIVISOR))
     return int((~can_be_divided_by).sum(-1).max())
 
 
@@ -222,7 +233,6 @@ def _what_is_held(matrices: Tensor, rank: int | None, sides: Sides) -> dict[str,
     if (singular_values <= threshold).any():
         left *= (singular_values > threshold)[:, None, :]
     left, singular_values, right = left[:, :, :rank], singular_values[:, :rank], right[:, :rank]
-    responses = (singular_values * _responses(left, right)).flatten().to("cpu")
     kept = singular_values.shape[1]
     divided = 0 if sides == "both" else kept - tail_of(singular_values, threshold)
     reciprocals = torch.zeros_like(singular_values)
@@ -237,8 +247,30 @@ def _what_is_held(matrices: Tensor, rank: int | None, sides: Sides) -> dict[str,
         "right": right.to(dtype).contiguous(),
         "singular_values": singular_values.flatten(),
         "reciprocals": reciprocals.flatten(),
-        "responses": responses,
     }
+
+
+def _fits(held: Mapping[str, Tensor], matrices: Tensor, rank: int | None, sides: Sides) -> bool:
+    """Whether tensors can be what `_what_is_held` returns, by their names, dtypes and shapes."""
+    if held.keys() != {"left", "right", "singular_values", "reciprocals"}:
+        return False
+    count, out_features, in_features = matrices.shape
+    kept = min(out_features, in_features, rank or out_features)
+    left, right = held["left"], held["right"]
+    if left.ndim != 3 or right.ndim != 3:
+        return False
+    ranks = (left.shape[2] if sides != "right" else kept, right.shape[1] if sides != "left" else kept)
+    return (
+        left.shape[:2] == (count, out_features)
+        and right.shape[::2] == (count, in_features)
+        and ranks == (kept, kept)
+        and max(left.shape[2], right.shape[1]) == kept
+        and left.dtype == right.dtype == matrices.dtype
+        and all(
+            held[name].shape == (count * kept,) and held[name].dtype == torch.float64
+            for name in ("singular_values", "reciprocals")
+        )
+    )
 
 
 def _lower_gram(matrices: Tensor) -> Tensor:
@@ -275,9 +307,26 @@ def _fix_bases_of_equal_values(matrix: Tensor, left: Tensor, singular_values: Te
         left[:, start:end] = image / singular_values[start:end]
 
 
-def _responses(left: Tensor, right: Tensor) -> Tensor:
-    """(gᵀ u) (vᵀ h) of each vector pair u, v, with fixed Gaussian g and h: (g, rank)."""
+def _responses(
+    matrices: Tensor, sides: Sides, left: Tensor, right: Tensor, singular_values: Tensor, reciprocals: Tensor
+) -> Tensor:
+    """gᵀ (s u vᵀ) h of each triple u, s, v that is held, with fixed Gaussian g and h: (g * rank,), float64 on the CPU.
+
+    Where one side is held alone, the other follows from the matrix: gᵀ (s u) is gᵀ W v, and (s vᵀ) h is uᵀ W h.
+    """
     random = np.random.RandomState(2)
-    g = torch.from_numpy(random.standard_normal(left.shape[1])).to(left)
-    h = torch.from_numpy(random.standard_normal(right.shape[2])).to(right)
-    return (left.mT @ g) * (right @ h)
+    g = torch.from_numpy(random.standard_normal(matrices.shape[1]))
+    h = torch.from_numpy(random.standard_normal(matrices.shape[2]))
+    left, right = left.detach().double().cpu(), right.detach().double().cpu()
+    values = singular_values.cpu().view(len(left), -1)
+    tail = min(left.shape[2], right.shape[1])
+    both = values[:, values.shape[1] - tail :] * (left[..., left.shape[2] - tail :].mT @ g)
+    both = both * (right[:, right.shape[1] - tail :] @ h)
+    divided = values.shape[1] - tail
+    if sides == "right":
+        image = g @ matrices.detach().double().cpu()
+        alone = (right[:, :divided] @ image[..., None])[..., 0] * (right[:, :divided] @ h)
+    else:
+        image = matrices.detach().double().cpu() @ h
+        alone = (left[..., :divided].mT @ g) * (left[..., :divided].mT @ image[..., None])[..., 0]
+    return torch.cat([alone, both], dim=1).flatten()

@@ -7,7 +7,8 @@ Every method has the same data, steps and images a step; its learning rate is ch
 first seed, out of the same multiples of its usual one. The output directory gets a folder for each run, and report/:
 the table (README.md, table.csv), trained values against Dice, curves, and all methods' masks side by side.
 
-What is done is not done again: the same command goes on where it was stopped, and tries again what has failed.
+What is done is not done again: the same command goes on where it was stopped, and tries again what has failed. Its
+runs save their states and end when it ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from ssam.comparison import Bench
 from ssam.comparison_report import write_report
 from ssam.errors import one_line_errors
+from ssam.files import folder_in
+from ssam.lock import only_command_in
 from ssam.options import CompareOptions, parse_options
 from ssam.runtime import prepare_process
 
@@ -25,10 +28,15 @@ from ssam.runtime import prepare_process
 @one_line_errors
 def main() -> None:
     options = parse_options(CompareOptions)
+    with only_command_in(Path(options.output_dir)):
+        compare(options)
+
+
+def compare(options: CompareOptions) -> None:
     prepare_process()
     bench = Bench(options)
     bench.run()
-    report = Path(options.output_dir) / "report"
+    report = folder_in(Path(options.output_dir), "report")
     print(write_report(bench, report))
     print(report)
     if bench.failures:

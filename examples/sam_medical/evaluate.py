@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ssam.adapter import load_adapter, read_task
+from ssam.adapter import load_adapter
 from ssam.data import open_dataset
 from ssam.data.loading import evaluation_loader
 from ssam.errors import UserError, one_line_errors
@@ -35,6 +35,7 @@ from ssam.report import (
 )
 from ssam.runtime import check_processes, end_together, prepare_process
 from ssam.statistics import compare
+from ssam.task import read_task
 
 
 @one_line_errors

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ssam.adapter import Task, build_model
+from ssam.adapter import build_model
 from ssam.data import open_dataset
 from ssam.data.loading import training_loader
 from ssam.errors import one_line_errors
@@ -28,6 +28,7 @@ from ssam.methods import METHODS
 from ssam.options import TrainOptions, option, parse_options, require
 from ssam.report import markdown_table
 from ssam.runtime import prepare_process
+from ssam.task import Task
 from ssam.text import encode_labels
 
 RANKS = (1, 2, 8)

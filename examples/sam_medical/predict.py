@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import nn
 from tqdm import tqdm
 
-from ssam.adapter import Task, load_adapter, read_task
+from ssam.adapter import load_adapter
 from ssam.data.decoding import Scan
 from ssam.data.folder import Slices, sources_to_segment
 from ssam.data.loading import evaluation_loader
@@ -40,6 +40,7 @@ from ssam.files import write_json
 from ssam.methods import METHODS
 from ssam.options import PredictOptions, parse_options
 from ssam.runtime import prepare_process
+from ssam.task import Task, read_task
 from ssam.writing import as_stored, write_dicom_seg, write_mask, write_probabilities
 
 NOT_ALL_READ = 3

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ssam.adapter import Task, build_model
+from ssam.adapter import build_model
 from ssam.backbones import checkpoint_blocks
 from ssam.data import SegmentationDataset, open_dataset
 from ssam.data.loading import KEPT_BYTES, TrainingBatch, training_loader
@@ -30,6 +30,7 @@ from ssam.methods import METHODS
 from ssam.options import option, parse_options, require
 from ssam.report import markdown_table
 from ssam.runtime import prepare_process
+from ssam.task import Task
 
 TEXT_WIDTH = 512
 MIB = 2**20

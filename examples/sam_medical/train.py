@@ -26,19 +26,23 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ssam.adapter import Task, build_model, load_adapter
+from ssam.adapter import build_model, load_adapter
+from ssam.checkpoint import CHECKPOINT, check_states
 from ssam.data import SegmentationDataset, open_splits, settle_reading
 from ssam.data.augmentation import labels_with_a_side
 from ssam.data.loading import evaluation_loader, spread
 from ssam.data.survey import Survey, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
-from ssam.files import remove, restore, write_json
+from ssam.files import folder_in, refuse_link, remove, restore, write_json
+from ssam.lock import only_command_in
 from ssam.metrics import MaskScore, score_labels, write_scores
 from ssam.options import TrainOptions, parse_options
 from ssam.record import check_images, environment, peak_memory
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
 from ssam.runtime import check_processes, end_together, make_accelerator, prepare_process
+from ssam.signals import end_with_parent
+from ssam.task import Task
 from ssam.text import check_distinct, encode_labels
 from ssam.training import train
 from ssam.tuning import count_trainable
@@ -48,8 +52,14 @@ from ssam.tuning import count_trainable
 def main() -> None:
     started = time.monotonic()
     options = parse_options(TrainOptions)
+    end_with_parent()
+    with only_command_in(Path(options.output_dir)):
+        run(options, started)
+
+
+def run(options: TrainOptions, started: float) -> None:
     output = Path(options.output_dir)
-    restore(output / "checkpoint")
+    restore(output / "adapter")
     check_output(output, options)
     prepare_process()
     accelerator = make_accelerator(options)
@@ -84,11 +94,11 @@ def main() -> None:
     for note in notes_before_training(splits["train"], surveys, options):
         accelerator.print(f"note: {note}.")
 
-    progress = train(accelerator, model, text_embeddings, splits, data, task, options, started)
-    if progress.step < options.steps:
+    progress, signal_number = train(accelerator, model, text_embeddings, splits, data, task, options, started)
+    if signal_number:
         accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
         end_together(accelerator)
-        sys.exit(130)
+        sys.exit(128 + signal_number)
 
     memory = peak_memory(accelerator.device)
     masks = score_best_adapter(accelerator, splits["test"], options)
@@ -112,7 +122,7 @@ def main() -> None:
             draw_curves(progress.losses, progress.validations, output / "curves.png")
         # Last of all, because a run that has it counts as finished.
         write_json(output / "metrics.json", metrics)
-        remove(output / "checkpoint")
+        remove(output / CHECKPOINT)
         print(format_table(scores, masks))
         for name in ("adapter", "metrics.json", "scores.csv", "curves.png", "overlays"):
             if (output / name).exists():
@@ -141,10 +151,15 @@ def notes_before_training(
 
 
 def check_output(output: Path, options: TrainOptions) -> None:
-    if (output / "checkpoint").exists() and not options.resume:
+    """Raises a `UserError` if the folder holds another run, one that cannot go on, or links."""
+    for name in (CHECKPOINT, "overlays"):
+        refuse_link(output / name)
+    is_interrupted = (output / CHECKPOINT).exists()
+    if is_interrupted and not options.resume:
         raise UserError(f"{output} holds an interrupted run; go on with --resume, or give another --output-dir.")
-    if (output / "metrics.json").exists() and not (output / "checkpoint").exists() and not options.overwrite:
+    if (output / "metrics.json").exists() and not is_interrupted and not options.overwrite:
         raise UserError(f"{output} holds a finished run; replace it with --overwrite, or give another --output-dir.")
+    check_states(output / CHECKPOINT)
 
 
 def score_best_adapter(
@@ -162,7 +177,7 @@ def score_best_adapter(
     if accelerator.is_main_process:
         chosen = spread(dataset, options.overlays)
         predictions = predict_masks(model, evaluation_loader(chosen, task.framing, 1))
-        draw_overlays(predictions, task.labels, output / "overlays")
+        draw_overlays(predictions, task.labels, folder_in(output, "overlays"))
     return scores
 
 

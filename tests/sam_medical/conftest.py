@@ -1,5 +1,7 @@
 import csv
+import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,21 @@ def run(monkeypatch):
         command.main()
 
     return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """While entered, something must end with status 2 and one line on stderr, in which a pattern is found."""
+
+    @contextmanager
+    def refused(pattern):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            yield
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(lines) == 1 and re.search(pattern, lines[0]), (stop.value.code, lines)
+
+    return refused
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -49,7 +51,7 @@ def run(run):
     return functools.partial(run, compare)
 
 
-def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys):
+def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys, refused):
     options["methods"] = "s-sam,u-net,zero-shot-point"
     run(**options, rate_factors="1")
     folder = tmp_path / "bench"
@@ -80,7 +82,7 @@ def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys
     finished = {path: (path / "metrics.json").stat().st_mtime_ns for path in runs}
     run(**options, rate_factors="1")
     assert finished == {path: (path / "metrics.json").stat().st_mtime_ns for path in runs}
-    with pytest.raises(SystemExit, match=r"seed-0 was run with steps 4, and now it is 6; give another --output-dir"):
+    with refused(r"seed-0 was run with steps 4, and now it is 6; give another --output-dir"):
         run(**{**options, "steps": 6})
 
 
@@ -111,7 +113,7 @@ def fake_training(monkeypatch):
             }
             (folder / "metrics.json").write_text(json.dumps(values))
             trained.append(flags)
-            return type("Process", (), {"wait": lambda self: 0})()
+            return type("Process", (), {"wait": lambda self: 0, "stdin": io.BytesIO()})()
 
         trained = []
         monkeypatch.setattr(comparison.subprocess, "Popen", call)
@@ -215,19 +217,76 @@ def test_a_seed_counts_once_all_of_its_folds_are_done(fake_training, tmp_path):
     assert list(bench.done_seeds("lora")) == [0]
 
 
-def test_ctrl_c_lets_the_run_save_its_state_and_starts_no_other(options, tmp_path):
+@pytest.fixture
+def compare_long(options):
+    """Starts a comparison in a process of its own, whose first run would take long."""
     command = [sys.executable, compare.__file__, "--methods", "s-sam", "--rate_factors", "1", "--steps", "10000"]
     command += [part for name, value in options.items() if name != "steps" for part in (f"--{name}", str(value))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    cell = tmp_path / "bench" / "s-sam" / "fold-1" / "rate-0.005" / "seed-0"
-    while not (cell / "checkpoint").exists():
-        assert process.poll() is None
+    started = []
+
+    def start():
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def cell(tmp_path):
+    return tmp_path / "bench" / "s-sam" / "fold-1" / "rate-0.005" / "seed-0"
+
+
+def wait_for_state(cell, process):
+    while not list(cell.glob("checkpoint/step-*")):
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_the_run_save_its_state_and_starts_no_other(number, compare_long, cell):
+    process = compare_long()
+    wait_for_state(cell, process)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode and "Stopped; the same command goes on from here." in error
+    assert process.returncode == 128 + number and "Stopped; the same command goes on from here." in error
     assert "repeat the command with --resume" in (cell / "log.txt").read_text()
     assert not cell.with_name("seed-1").exists()
+
+
+def test_killed_it_leaves_no_run_and_a_repeated_one_waits_for_those_that_live(compare_long, cell):
+    process = compare_long()
+    wait_for_state(cell, process)
+    run = json.loads((cell / ".lock").read_text())["pid"]
+    os.kill(run, signal.SIGSTOP)  # as if it still had much to save
+    process.kill()
+    process.communicate()
+    again = compare_long()
+    line = again.stderr.readline()
+    while "waiting for it" not in line:
+        assert line, "it has ended"
+        line = again.stderr.readline()
+    assert f"s-sam/fold-1/rate-0.005/seed-0 is the work of process {run} on " in line
+    os.kill(run, signal.SIGCONT)
+    while "Going on after step" not in (cell / "log.txt").read_text():
+        assert again.poll() is None
+        time.sleep(0.1)
+    assert json.loads((cell / ".lock").read_text())["pid"] != run
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(timeout=60) == 143
+
+
+def test_a_damaged_record_of_a_run_is_named(fake_training, tmp_path):
+    fake_training(lambda flags: (0.5, {"a": 0.5}))
+    options = CompareOptions(output_dir=str(tmp_path), methods="lora", rate_factors="1", seeds=1)
+    Bench(options).run()
+    (path,) = tmp_path.rglob("metrics.json")
+    for content in ("", "[]", '{"options": 3}', "[" * 100_000, '{"options": {}, "validation": {"best_dice": null}}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"metrics\.json is not what a finished run writes; remove"):
+            Bench(options)
 
 
 def test_where_images_are_blank_the_difference_stands_also_without_them():

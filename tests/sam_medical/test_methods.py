@@ -8,13 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import SamConfig, SamModel
 
-from ssam.adapter import Task, build_model, load_adapter, model_card, save_adapter
+from ssam.adapter import build_model, load_adapter, model_card, save_adapter
 from ssam.backbones import backbone_from_sam, load_backbone
 from ssam.errors import UserError
 from ssam.inserted import decoder_with_masks, rows_of_queries_and_values
 from ssam.methods import METHODS
 from ssam.model import PromptedSam
 from ssam.prompts import TextPrompts
+from ssam.task import Task
 from ssam.tuning import count_trainable, kept_tensors, parameter_groups, tune
 
 LABELS = ("liver", "tumor", "kidney")

@@ -15,7 +15,7 @@ from test_real_files import SHIPPED, TestDicom, as_codes, save, save_nifti
 from torch import nn
 
 import predict
-from ssam.adapter import Task
+from ssam.task import Task
 
 
 class BrightPixels(nn.Module):

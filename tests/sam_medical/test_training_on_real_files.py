@@ -14,13 +14,13 @@ import evaluate
 import inspect_data
 import predict
 import train
-from ssam.adapter import Task, read_task
 from ssam.data import open_dataset
 from ssam.data.augmentation import AUGMENTATIONS, build_augmentation, labels_with_a_side
 from ssam.data.base import Sample
 from ssam.data.loading import Framing, evaluation_loader, training_loader
 from ssam.errors import UserError
 from ssam.report import draw_contact_sheet, draw_overlays
+from ssam.task import Task, read_task
 from ssam.text import check_distinct, encode_labels
 
 

@@ -4,79 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
-from ssam.data.base import require_label_name
-from ssam.data.geometry import STORED
-from ssam.data.intensity import LEGACY
-from ssam.data.loading import Framing
-from ssam.data.reading import Reading
 from ssam.errors import UserError, first_line
-from ssam.files import write_json
+from ssam.files import naming, whole_folder, write_tensors
 from ssam.methods import METHODS
 from ssam.model import PromptedSam
 from ssam.networks import build_network
 from ssam.prompts import BoxPrompts, ImagePrompts, LearnedPrompts, NoPrompts, PointPrompts, Prompting, TextPrompts
-from ssam.tuning import kept_tensors, load_kept_tensors, tune
+from ssam.state import read_json
+from ssam.task import (
+    ADVICE,
+    CONFIG_FILE,
+    PLAIN_WEIGHTS_FILE,
+    TEXT_FILE,
+    Task,
+    read_task,
+    shortened,
+    weights_file_of,
+    write_task,
+)
+from ssam.tuning import check_target_modules, expected_config, kept_tensors, load_kept_tensors, tune
 
-TASK_FILE = "task.json"
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-PLAIN_WEIGHTS_FILE = "trained.safetensors"
-TEXT_FILE = "text_embeddings.safetensors"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What an adapter is for.
-
-    Attributes:
-        dataset: The dataset it was trained on, by its name in `ssam.data.DATASETS`.
-        labels: Names of the labels, in the order of the model's masks.
-        backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
-        backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
-        method: How it was tuned, by its name in `ssam.methods.METHODS`.
-        target_modules: Expression of the layers that were tuned; None for the backbone's own.
-        intensity, plane: How images are read; see `ssam.data.reading.Reading`. The defaults are how they were before
-            there was a choice, for adapters made then.
-        fit, tile: How images become the model's square; see `ssam.data.loading.Framing`.
-        prompt: "text", or "learned" for a token a label in place of its name's embedding.
-        absent: Labels that no training image had, which are kept out of means.
-    """
-
-    dataset: str
-    labels: tuple[str, ...]
-    backbone: str
-    image_size: int
-    text_encoder: str
-    backbone_digest: str = ""
-    method: str = "s-sam"
-    target_modules: str | None = None
-    intensity: str = LEGACY
-    plane: str = STORED
-    fit: str = "stretch"
-    tile: int | None = None
-    prompt: str = "text"
-    absent: tuple[str, ...] = ()
-
-    @property
-    def uses_text(self) -> bool:
-        return METHODS[self.method].needs_text and self.prompt == "text"
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.intensity, self.plane)
-
-    @property
-    def framing(self) -> Framing:
-        return Framing(self.image_size, self.fit, self.tile)
+# Of an adapter's configuration, what is not the same for every adapter of a method on a model.
+FREE_CONFIG_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "digests",
+    "fingerprints",
+    "format_version",
+    "inference_mode",
+    "peft_version",
+    "revision",
+}
 
 
 def build_model(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, Task]:
@@ -143,15 +113,20 @@ def digest_of(backbone: Backbone) -> str:
 
 
 def save_adapter(model: nn.Module, text_embeddings: Tensor | None, task: Task, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
-    else:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept_tensors(model).items()}
-        save_file(tensors, folder / PLAIN_WEIGHTS_FILE)
-    if text_embeddings is not None:
-        save_file({"text_embeddings": text_embeddings.cpu().contiguous()}, folder / TEXT_FILE)
-    write_json(folder / TASK_FILE, asdict(task))
-    (folder / "README.md").write_text(model_card(task))
+    """Fills a folder that is to be an adapter's.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    with naming(folder):
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder))
+        else:
+            write_tensors(folder / PLAIN_WEIGHTS_FILE, kept_tensors(model))
+        if text_embeddings is not None:
+            write_tensors(folder / TEXT_FILE, {"text_embeddings": text_embeddings})
+        (folder / "README.md").write_text(model_card(task), encoding="utf-8")
+        write_task(task, folder)
 
 
 def model_card(task: Task) -> str:
@@ -205,64 +180,109 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
     Raises:
         UserError: if files are missing or damaged, or the base model is another one.
     """
+    folder = whole_folder(folder)
     task = read_task(folder)
     method = METHODS[task.method]
-    text = _read_tensors(folder / TEXT_FILE) if task.uses_text else {}
+    text = read_text_embeddings(folder / TEXT_FILE, len(task.labels)) if task.uses_text else None
     weights_file = folder / weights_file_of(task)
-    weights = _read_tensors(weights_file)
-    model, target_modules, task = _build_untuned(
-        replace(task, backbone=backbone or task.backbone), text.get("text_embeddings")
-    )
-    try:
-        if method.adapter:
-            model = PeftModel.from_pretrained(model, str(folder))
-        else:
-            model = tune(model, method, len(task.labels), target_modules)
-            load_kept_tensors(model, weights)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} is damaged ({first_line(error)}); train again, or fetch the whole folder again."
-        ) from error
-    differing = sorted(weights.keys() ^ kept_tensors(model).keys())
-    if differing:
-        raise UserError(
-            f"{weights_file} does not fit its own configuration: {len(differing)} tensors are missing or "
-            f"unknown, first of them {differing[0]}; train again, or fetch the whole folder again."
-        )
+    weights = read_tensors(weights_file)
+    model, target_modules, task = _build_untuned(replace(task, backbone=backbone or task.backbone), text)
+    if method.adapter and isinstance(model, PromptedSam):
+        check_target_modules(model, target_modules)
+        _check_config(folder / CONFIG_FILE, expected_config(model, method, target_modules))
+        model = _with_peft_adapter(model, folder)
+    else:
+        model = tune(model, method, len(task.labels), target_modules)
+    check_like(weights_file, weights, kept_tensors(model))
+    if not method.adapter:
+        load_kept_tensors(model, weights)
     return model.eval(), task
 
 
-def weights_file_of(task: Task) -> str:
-    return PEFT_WEIGHTS_FILE if METHODS[task.method].adapter else PLAIN_WEIGHTS_FILE
-
-
-def read_task(folder: Path) -> Task:
-    path = folder / TASK_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {TASK_FILE}; give the folder that train.py wrote, RUN/adapter.")
+def _with_peft_adapter(model: PromptedSam, folder: Path) -> nn.Module:
     try:
-        content = json.loads(path.read_text())
-        content["labels"] = tuple(content["labels"])
-        content["absent"] = tuple(content.get("absent", ()))
-        task = Task(**content)
-    except (ValueError, TypeError, KeyError) as error:
-        expected = ", ".join(field.name for field in fields(Task))
-        raise UserError(f"{path} must be JSON with the keys {expected}.") from error
-    if task.method not in METHODS:
-        raise UserError(f"{path} has the unknown method {task.method!r}; the methods are {', '.join(METHODS)}.")
-    for label in task.labels:
-        require_label_name(label, path)
-    needed = [weights_file_of(task)]
-    needed += ["adapter_config.json"] if METHODS[task.method].adapter else []
-    needed += [TEXT_FILE] if task.uses_text else []
-    for name in needed:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}; give the folder that train.py wrote, RUN/adapter.")
-    return task
+        return PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # of whatever kind PEFT and the method have for what is in a file
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} is damaged ({reason}); train again, or fetch the whole folder again.") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _check_config(path: Path, expected: PeftConfig) -> None:
+    """Raises a `UserError` where a configuration is not the one that the method has on this model.
+
+    It is compared and not tried out, because an expression of a stranger can take longer to match than anybody waits.
+    """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); train again, or fetch the file again.") from error
+        config = read_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON; {ADVICE}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no configuration; {ADVICE}.")
+    wanted = expected.to_dict()
+    for key in sorted({"peft_type", "target_modules"} - config.keys()):
+        raise UserError(f"{path} lacks the key {key!r}; {ADVICE}.")
+    for key in sorted(config.keys() & wanted.keys() - FREE_CONFIG_KEYS):
+        if _plain(config[key]) != _plain(wanted[key]):
+            raise UserError(
+                f"{path}: {key} is {shortened(config[key])}, and for this task it is {shortened(wanted[key])}; fetch "
+                "the whole folder again."
+            )
+
+
+def _plain(value: Any) -> str:
+    """As JSON, with lists in one order, since some were sets."""
+    if isinstance(value, (list, set, tuple)):
+        value = sorted(map(_plain, value))
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def read_text_embeddings(path: Path, labels: int) -> Tensor:
+    """The labels' text embeddings, (K, D).
+
+    Raises:
+        UserError: if the file holds anything else.
+    """
+    tensors = read_tensors(path)
+    if list(tensors) != ["text_embeddings"]:
+        raise UserError(f"{path} holds {shortened(sorted(tensors))}, and not text_embeddings alone; {ADVICE}.")
+    text = tensors["text_embeddings"]
+    if text.ndim != 2 or len(text) != labels or not text.shape[1] or not text.is_floating_point():
+        raise UserError(
+            f"{path}: text_embeddings are {text.dtype} of shape {tuple(text.shape)}, and must be floats of shape "
+            f"({labels}, D), a row a label; {ADVICE}."
+        )
+    return text.float()
+
+
+def check_like(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises a `UserError` if a file's tensors are not a model's by name, shape and kind of number."""
+    differing = sorted(tensors.keys() ^ expected.keys())
+    if differing:
+        raise UserError(
+            f"{path} does not fit its own configuration: {len(differing)} tensors are missing or unknown, first of "
+            f"them {differing[0]}; train again, or fetch the whole folder again."
+        )
+    for name, tensor in tensors.items():
+        like = expected[name]
+        is_alike = tensor.dtype == like.dtype or (tensor.is_floating_point() and like.is_floating_point())
+        if not is_alike or tensor.shape != like.shape:
+            raise UserError(
+                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and must be {like.dtype} of shape "
+                f"{tuple(like.shape)}; train again, or fetch the whole folder again."
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        UserError: if it is damaged, or some of its numbers are none.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); train again, or fetch the file again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; train again, or fetch the file again.")
+    return tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,21 +11,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import IO, Any, cast
 
 from tqdm import tqdm
 
 from ssam.checkpoint import FREE_OPTIONS
 from ssam.data import open_splits
 from ssam.errors import UserError
+from ssam.files import folder_in, refuse_link
+from ssam.lock import command_in
 from ssam.methods import METHODS
 from ssam.metrics import MaskScore, read_scores
 from ssam.options import CompareOptions, TrainOptions, flags_of
+from ssam.signals import PARENT, Stopped
+from ssam.state import read_json
+from ssam.values import is_number
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.txt"
 SCORES_FILE = "scores.csv"
+SECONDS_BETWEEN_LOOKS = 0.5
 # What may differ from run to run in one comparison.
 OPTIONS_OF_A_RUN = {"method", "seed", "learning_rate", *FREE_OPTIONS}
 
@@ -64,6 +70,7 @@ class Bench:
         self.rates: dict[tuple[str, int], float] = {}
         self.failures: dict[Cell, str] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
+        self._stopping = Event()
         for fold in self.folds:
             open_splits(self.dataset_of(fold), options.data_root, options.labels, options.reading)
         self._check_finished_runs()
@@ -103,7 +110,7 @@ class Bench:
         return (self.folder_of(cell) / METRICS_FILE).is_file()
 
     def metrics(self, cell: Cell) -> dict[str, Any]:
-        return json.loads((self.folder_of(cell) / METRICS_FILE).read_text())
+        return read_metrics(self.folder_of(cell) / METRICS_FILE)
 
     def scores(self, cells: Iterable[Cell]) -> list[MaskScore]:
         """Of all images that these cells were tested on."""
@@ -134,35 +141,58 @@ class Bench:
     @contextmanager
     def _ending_runs(self, pool: ThreadPoolExecutor) -> Iterator[None]:
         """When interrupted, starts no further runs, and lets those that are under way save their state."""
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
-        except KeyboardInterrupt as interrupt:
+        except Stopped as stop:
+            self._stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(self._processes):
                 process.send_signal(signal.SIGTERM)
-            raise UserError("Stopped; the same command goes on from here.") from interrupt
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+            raise Stopped(stop.number, "Stopped; the same command goes on from here.") from stop
 
     def _run(self, cell: Cell) -> str | None:
         """Trains and evaluates one cell in a process of its own; returns what went wrong."""
-        folder = self.folder_of(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        folder = folder_in(self.folder, *cell.name.split("/"))
+        self._wait_for_other(cell)
+        if self._stopping.is_set():
+            return "stopped"
+        if self.is_done(cell):
+            return None
+        log_path = folder / LOG_FILE
+        refuse_link(log_path)
+        with log_path.open("w") as log:
+            # In a session of its own, so that Ctrl-C comes to it once, from here. What it reads, and never gets
+            # anything from, tells it by its end that this process has ended.
+            process = subprocess.Popen(
+                [sys.executable, str(TRAIN), *self._flags(cell)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            if self._stopping.is_set():  # it was started too late to be told with the others
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            self._processes.discard(process)
+            cast(IO[bytes], process.stdin).close()
+        return None if code == 0 else last_line(log_path.read_text(errors="replace")) or f"ended with status {code}"
+
+    def _wait_for_other(self, cell: Cell) -> None:
+        """Lets a run come to its end that a command that was killed before has left."""
+        holder = command_in(self.folder_of(cell))
+        if holder:
+            tqdm.write(f"{cell.name} is the work of {holder}; waiting for it.", file=sys.stderr)
+        while holder and not self._stopping.wait(SECONDS_BETWEEN_LOOKS):
+            holder = command_in(self.folder_of(cell))
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, PARENT: "1"}
         if self.options.jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
             environment.setdefault("OMP_NUM_THREADS", str(threads))
-        command = [sys.executable, str(TRAIN), *self._flags(cell)]
-        with (folder / LOG_FILE).open("w") as log:
-            # In a session of its own, so that Ctrl-C comes to it once, from here.
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            self._processes.add(process)
-            code = process.wait()
-            self._processes.discard(process)
-        return None if code == 0 else last_line((folder / LOG_FILE).read_text()) or f"ended with status {code}"
+        return environment
 
     def _flags(self, cell: Cell) -> list[str]:
         values = {
@@ -182,7 +212,7 @@ class Bench:
         defaults = asdict(TrainOptions())  # of what an older version did not know
         for path in sorted(self.folder.glob(f"*/fold-*/rate-*/seed-*/{METRICS_FILE}")):
             folder = path.parent
-            metrics, fold = json.loads(path.read_text()), folder.parts[-3]
+            metrics, fold = read_metrics(path), folder.parts[-3]
             wanted = {**asdict(self.options), "dataset": self.dataset_of(int(fold.removeprefix("fold-")))}
             done = {**defaults, **metrics["options"]}
             for name in (done.keys() & wanted.keys()) - OPTIONS_OF_A_RUN:
@@ -199,6 +229,21 @@ class Bench:
                         f"{folder} is not of the same {key[0]} as {other}; remove the one that is wrong, or give "
                         "another --output-dir."
                     )
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What a finished run has written.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    try:
+        metrics = read_json(path.read_bytes())
+        if isinstance(metrics["options"], dict) and is_number(metrics["validation"]["best_dice"]):
+            return {"data": None, "weights": None, **metrics}
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is not what a finished run writes; remove {path.parent}, and repeat the command.")
 
 
 def last_line(text: str) -> str:

@@ -13,15 +13,14 @@ from transformers import HfArgumentParser
 from ssam.data.augmentation import AUGMENTATIONS
 from ssam.data.geometry import PLANES, STORED
 from ssam.data.intensity import FORMS, parse_intensity
-from ssam.data.loading import Framing
+from ssam.data.loading import FITS, LEAST_TILE, Framing
 from ssam.data.reading import Reading
 from ssam.errors import UserError
 from ssam.methods import METHODS
 from ssam.metrics import CRITERIA
+from ssam.prompts import PROMPTS
 
 T = TypeVar("T")
-FITS = ("stretch", "pad")
-PROMPTS = ("text", "learned")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -111,7 +110,7 @@ class TrainOptions:
         check_reading(self)
         require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
         require(self, "prompt", self.prompt in PROMPTS, f"must be {' or '.join(PROMPTS)}")
-        require(self, "tile", self.tile is None or self.tile >= 8, "must be at least 8")
+        require(self, "tile", self.tile is None or self.tile >= LEAST_TILE, f"must be at least {LEAST_TILE}")
         some = self.validation_images is None or self.validation_images >= 1
         require(self, "validation_images", some, "must be at least 1")
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
@@ -162,7 +161,7 @@ class InspectOptions:
         check_reading(self)
         require(self, "image_size", self.image_size >= 1, "must be at least 1")
         require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
-        require(self, "tile", self.tile is None or self.tile >= 8, "must be at least 8")
+        require(self, "tile", self.tile is None or self.tile >= LEAST_TILE, f"must be at least {LEAST_TILE}")
         _require_folder_to_be(self, "dump")
 
     @property

@@ -16,6 +16,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 from transformers.models.sam.modeling_sam import SamPromptEncoder
 
+# Of labels by name: from the text encoder, or a token that is learned.
+PROMPTS = ("text", "learned")
+
 
 class Prompts(NamedTuple):
     """Prompts for a batch of images.

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,16 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ssam.adapter import Task, save_adapter
+from ssam.adapter import save_adapter
 from ssam.backbones import checkpoint_blocks
-from ssam.checkpoint import (
-    Interruption,
-    Progress,
-    check_same_run,
-    description_of_run,
-    save_adapter_only,
-    save_state,
-)
+from ssam.checkpoint import Checkpoints, description_of_run, together
 from ssam.data import SegmentationDataset
 from ssam.data.loading import evaluation_loader, thinned, training_loader
 from ssam.errors import UserError
@@ -36,7 +30,11 @@ from ssam.methods import METHODS, Method
 from ssam.metrics import CRITERIA, score_labels
 from ssam.networks import has_batch_norm
 from ssam.options import TrainOptions
+from ssam.progress import Progress
 from ssam.runtime import start_tracking
+from ssam.signals import Interruption
+from ssam.state import Training
+from ssam.task import Task
 from ssam.tuning import count_trainable, parameter_groups
 
 
@@ -49,25 +47,29 @@ def train(
     task: Task,
     options: TrainOptions,
     started: float,
-) -> Progress:
-    """Trains to the last step, or to the first Ctrl-C; keeps the adapter that was best on the validation images.
+) -> tuple[Progress, int]:
+    """Trains to the last step, or to the first signal; keeps the adapter that was best on the validation images.
 
     A model in which nothing learns is validated and kept as it is.
+
+    Returns:
+        Where the run stands, and the number of the signal that stopped it, 0 if none did.
+
+    Raises:
+        UserError: if the run cannot be done or go on, its loss is no number, or the disk takes no more.
     """
     method = METHODS[task.method]
     if has_batch_norm(tuned_model):
         _check_batches(method, options, accelerator.num_processes)
-    progress = Progress()
     run = description_of_run(options, task, data, accelerator.num_processes)
     validation = Validation(accelerator, splits["validation"], text_embeddings, task, options)
     if method.learns:
-        _train_steps(accelerator, tuned_model, splits["train"], validation, progress, run, options, started)
-    else:
-        progress.step = options.steps
-        validation.run(tuned_model.to(accelerator.device), progress)
-        progress.seconds = time.monotonic() - started
-        _write_history(accelerator, progress, Path(options.output_dir))
-    return progress
+        return _train_steps(accelerator, tuned_model, splits["train"], validation, run, options, started)
+    progress = Progress(step=options.steps)
+    validation.run(tuned_model.to(accelerator.device), progress)
+    progress.seconds = time.monotonic() - started
+    _write_history(accelerator, progress, Path(options.output_dir))
+    return progress, 0
 
 
 class Validation:
@@ -98,10 +100,13 @@ class Validation:
         of_labels = {f"validation Dice of {label}": score.dice for label, score in scores.items()}
         accelerator.log({"validation Dice": dice, **of_labels}, step=progress.step)
         is_best = progress.add_validation(dice, scores)
-        if is_best and accelerator.is_main_process:
+        if is_best:
+            together(accelerator, self._output / "adapter", lambda: self._keep(model))
+
+    def _keep(self, model: nn.Module) -> None:
+        if self._accelerator.is_main_process:
             with replacing_folder(self._output / "adapter") as folder:
-                save_adapter(accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
-        accelerator.wait_for_everyone()
+                save_adapter(self._accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
 
 
 def _check_batches(method: Method, options: TrainOptions, processes: int) -> None:
@@ -116,19 +121,23 @@ def _train_steps(
     tuned_model: nn.Module,
     dataset: SegmentationDataset,
     validation: Validation,
-    progress: Progress,
     run: dict[str, Any],
     options: TrainOptions,
     started: float,
-) -> None:
-    """Goes on where the output folder's checkpoint is, and leaves one after each validation and at Ctrl-C."""
-    method, checkpoint = METHODS[options.method], Path(options.output_dir) / "checkpoint"
+) -> tuple[Progress, int]:
+    """Goes on where the output folder's newest state is, and leaves one after each validation and at a signal."""
+    method, output = METHODS[options.method], Path(options.output_dir)
     model, optimizer, scheduler = _prepare(accelerator, tuned_model, options)
-    accelerator.register_for_checkpointing(progress, scheduler)
-    save_adapter_only(accelerator)
-    if checkpoint.exists():
-        check_same_run(checkpoint, run)
-        accelerator.load_state(str(checkpoint))
+    training = Training(
+        model=accelerator.unwrap_model(model),
+        optimizer=cast(Any, optimizer).optimizer,
+        scheduler=scheduler,
+        scaler=accelerator.scaler,
+        labels=list(dataset.labels),
+    )
+    checkpoints = Checkpoints(accelerator, output, run, training)
+    progress = checkpoints.resume(options.steps) or Progress()
+    if progress.step:
         accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
     started -= progress.seconds  # as if it had never been interrupted
     loader = _rest_of_images(accelerator, dataset, options, progress.step)
@@ -156,20 +165,24 @@ def _train_steps(
             is_time_to_validate = progress.step % options.validate_every == 0 or progress.step == options.steps
             if is_time_to_validate:
                 validation.run(model, progress)
-            if interruption.requested:
+            if interruption.number:
                 accelerator.set_trigger()
             is_interrupted = accelerator.check_trigger()
             if is_time_to_validate or is_interrupted:
                 progress.seconds = time.monotonic() - started
-                save_state(accelerator, checkpoint, run)
-                _write_history(accelerator, progress, checkpoint.parent)
+                checkpoints.save(progress)
+                _write_history(accelerator, progress, output)
             if is_interrupted:
-                break
+                return progress, max(gather_object([interruption.number]))
+    return progress, 0
 
 
 def _write_history(accelerator: Accelerator, progress: Progress, output: Path) -> None:
-    if accelerator.is_main_process:
-        write_json(output / "history.json", progress.history)
+    def write() -> None:
+        if accelerator.is_main_process:
+            write_json(output / "history.json", progress.history)
+
+    together(accelerator, output / "history.json", write)
 
 
 def _prepare(

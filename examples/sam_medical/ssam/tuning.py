@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ssam.errors import UserError
+from ssam.expressions import matches_any
 from ssam.methods import POSITION_TYPES, Method, names_in
 from ssam.model import PromptedSam
 
@@ -32,14 +32,12 @@ def tune(model: nn.Module, method: Method, labels: int, target_modules: str) -> 
     if not isinstance(model, PromptedSam):
         return model
     if method.takes_target_modules:
-        _check_expression(model, target_modules)
+        check_target_modules(model, target_modules)
     try:
         if method.insert:
             method.insert(model, labels, target_modules)
         if method.adapter:
-            config = method.adapter(model, target_modules)
-            cast(Any, config).modules_to_save = names_in(model, method.trained)
-            return get_peft_model(model, config)
+            return get_peft_model(model, expected_config(model, method, target_modules))
     except (ValueError, TypeError) as error:
         raise UserError(f"target_modules {target_modules!r}: {error}") from error
     for name in names_in(model, method.trained):
@@ -49,6 +47,14 @@ def tune(model: nn.Module, method: Method, labels: int, target_modules: str) -> 
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
     return model
+
+
+def expected_config(model: PromptedSam, method: Method, target_modules: str) -> PeftConfig:
+    """PEFT's configuration of a method on a model."""
+    assert method.adapter is not None
+    config = method.adapter(model, target_modules)
+    cast(Any, config).modules_to_save = names_in(model, method.trained)
+    return config
 
 
 def parameter_groups(
@@ -126,12 +132,9 @@ def _kept_names(model: nn.Module) -> set[str]:
     return names
 
 
-def _check_expression(model: PromptedSam, target_modules: str) -> None:
+def check_target_modules(model: PromptedSam, target_modules: str) -> None:
+    """Raises a `UserError` if an expression is none, matches no layer, or takes too long to."""
     names = [name for name, _ in model.named_modules()]
-    try:
-        matches = any(re.fullmatch(target_modules, name) for name in names)
-    except re.error as error:
-        raise UserError(f"target_modules {target_modules!r}: {error}") from error
-    if not matches:
+    if not matches_any(target_modules, names):
         example = next(name for name in names if name.endswith("qkv"))
         raise UserError(f"target_modules {target_modules!r}: matches no layer; their names are like {example}")

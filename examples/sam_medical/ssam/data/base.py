@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from ssam.data.decoding import DICOM, VOLUMES, Scan, suffix_of
 from ssam.data.reading import Reading, read_slice, scan_of
 from ssam.data.sources import is_junk, plain, source_of_file
 from ssam.errors import UserError
+from ssam.names import why_not_a_folder
 
 # Of ten patients or images in a row, where nobody has split them.
 TURNS = {"train": (0, 1, 2, 4, 5, 6, 8), "validation": (3,), "test": (7, 9)}
@@ -160,7 +162,12 @@ def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Pa
         raise UserError(f"{mask_path} holds {some}, which belong to no label; known are {sorted(known)}.")
 
 
-def require_label_name(label: str, path: Path) -> None:
-    """Raises a UserError, naming the file, if a label cannot be a folder's name, which predict.py gives its masks."""
-    if label != label.strip() or label in ("", ".", "..") or "/" in label or "\\" in label:
-        raise UserError(f"{path} has the label {label!r}; a label's name is also a folder's, so it has no / or \\.")
+def require_label_names(labels: Sequence[str], path: Path) -> None:
+    """Raises a UserError, naming the file, if labels cannot be folders' names, which predict.py gives their masks."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        if reason := why_not_a_folder(label):
+            raise UserError(f"{path} has the label {label!r}; its name is also a folder's, and this one {reason}.")
+        other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
+        if other != label or labels.count(label) > 1:
+            raise UserError(f"{path} has the labels {other!r} and {label!r}, which are one folder on some systems.")

@@ -70,6 +70,14 @@ def parse_intensity(text: str) -> Intensity:
     raise UserError(f"intensity is {text!r}, but it must be {FORMS}; the windows with a name are {known}.")
 
 
+def is_intensity(text: str) -> bool:
+    try:
+        parse_intensity(text)
+    except UserError:
+        return False
+    return True
+
+
 def _windows(text: str) -> tuple[tuple[float, float], ...]:
     """Pairs of centre and width, given as numbers or by name; nothing if some of it is neither."""
     words = [word for word in re.split(r"[\s,;/|+]+", text) if word]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssam.data.base import require_label_name
+from ssam.data.base import require_label_names
 from ssam.data.masks import BACKGROUND_NAMES, Colour, parse_colour
 from ssam.data.sources import plain
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 
 DARKEST_COLOUR = 64
 
@@ -43,8 +43,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}.") from error
 
 
 def read_label_names(path: Path) -> LabelNames:
@@ -74,8 +74,7 @@ def label_names(content: Any, path: Path) -> LabelNames:
     content = {name: value for name, value in content.items() if name.lower() not in BACKGROUND_NAMES}
     numbers = {name: _as_numbers(value) for name, value in content.items()}
     colours = {name: parse_colour(value) for name, value in content.items()}
-    for label in content:
-        require_label_name(label, path)
+    require_label_names(list(content), path)
     if content and all(numbers.values()):
         values = {name: some for name, some in numbers.items() if some}
         singles = [some for some in values.values() if len(some) == 1]

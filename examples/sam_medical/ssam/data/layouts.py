@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssam.data.annotations import Annotation, CocoAnnotations, LabelMaps, LabelmeShapes, MaskOfEach
-from ssam.data.base import require_label_name
+from ssam.data.base import require_label_names
 from ssam.data.decoding import EXTENSIONS
 from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
 from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
@@ -162,6 +162,7 @@ def _label_folders(mask_folders: Sequence[Path]) -> list[str]:
             f"the labels of {mask_folders[0]} are unknown: put a labels.json beside it, "
             f'{{"liver": 1, "tumor": 2}}, or the masks into a folder for each label.'
         )
+    require_label_names(labels, mask_folders[0])
     return labels
 
 
@@ -291,10 +292,10 @@ def _coco_labels(files: Sequence[Path]) -> list[str]:
         for category in content["categories"]:
             name = plain(str(category["name"]))
             if category["id"] in used and name not in labels:
-                require_label_name(name, file)
                 labels.append(name)
     if not labels:
         raise UserError(f"{files[0]} holds no annotations; export it with its outlines.")
+    require_label_names(labels, files[0])
     return labels
 
 
@@ -352,8 +353,7 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
     )
     if not labels:
         raise UserError(f"{folder} holds labelme's files, but no shapes in them; draw some.")
-    for label in labels:
-        require_label_name(label, files[0])
+    require_label_names(labels, files[0])
     by_path, by_name = _files_below(folder)
     stems = {path.stem: path for path in by_path.values()}
     part = Part(labels, [], [f"read as labelme's, by {files[0].name} and {len(files) - 1} others"], folder=folder)

@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ssam.data.augmentation import build_augmentation
 from ssam.data.base import Sample, SegmentationDataset
+from ssam.signals import ignore_signals
 
 # Of resized training images, in all worker processes together; the rest of a larger dataset is read again each time.
 KEPT_BYTES = 2 * 1024**3
+FITS = ("stretch", "pad")
+LEAST_TILE = 8
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def training_loader(
         batch_size=batch_size,
         sampler=TrainingSampler(len(dataset), seed, first, last),
         num_workers=num_workers,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
         # Without one of its own, beginning to read would move torch's random numbers on, and a resumed run's with it.
         generator=torch.Generator(),
@@ -115,8 +119,14 @@ def evaluation_loader(dataset: Samples, framing: Framing | int, batch_size: int,
         batch_size=batch_size,
         collate_fn=_collate_samples,
         num_workers=num_workers,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
+
+
+def _begin_worker(number: int) -> None:
+    """A signal to the whole process group is for the process that trains, which ends its workers itself."""
+    ignore_signals()
 
 
 def spread(dataset: Samples, count: int) -> list[Sample]:
