@@ -19,12 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ssam.data import DATASETS, SegmentationDataset, open_dataset, settle_reading
-from ssam.data.loading import spread
+from ssam.data.loading import thinned
 from ssam.data.survey import Survey, describe_files, shared_images, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.files import replacing_file, write_json
 from ssam.options import InspectOptions, parse_options
-from ssam.report import draw_contact_sheet
+from ssam.report import draw_contact_sheet, shrunk
 
 SHOWN_A_SPLIT = 6
 KINDS_SHOWN = 4
@@ -60,7 +60,11 @@ def main() -> None:
         shared = [list(pair) for pair in shared_images(surveys)]
         write_json(Path(options.json), {"splits": content, "in_two_splits": shared, "notes": said, "errors": errors})
     if options.sheet:
-        shown = {split: (spread(datasets[split], SHOWN_A_SPLIT), datasets[split].labels) for split in surveys}
+        chosen = {split: thinned(datasets[split], SHOWN_A_SPLIT) for split in surveys}
+        shown = {
+            split: ([shrunk(samples[place]) for place in range(len(samples))], datasets[split].labels)
+            for split, samples in chosen.items()
+        }
         draw_contact_sheet(shown, Path(options.sheet))
         print(options.sheet)
     if errors:

@@ -30,7 +30,7 @@ from ssam.adapter import build_model, load_adapter
 from ssam.checkpoint import CHECKPOINT, check_states
 from ssam.data import SegmentationDataset, open_splits, settle_reading
 from ssam.data.augmentation import labels_with_a_side
-from ssam.data.loading import evaluation_loader, spread
+from ssam.data.loading import evaluation_loader, thinned
 from ssam.data.survey import Survey, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
@@ -175,7 +175,7 @@ def score_best_adapter(
     loader = accelerator.prepare(evaluation_loader(dataset, task.framing, options.batch_size, options.num_workers))
     scores = evaluate(accelerator, model, loader, task.labels, "test", distances=True)
     if accelerator.is_main_process:
-        chosen = spread(dataset, options.overlays)
+        chosen = thinned(dataset, options.overlays)
         predictions = predict_masks(model, evaluation_loader(chosen, task.framing, 1))
         draw_overlays(predictions, task.labels, folder_in(output, "overlays"))
     return scores

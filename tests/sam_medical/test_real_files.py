@@ -138,6 +138,17 @@ class TestIntensities:
         grey = _read(tmp_path / "deep.tif", None)
         assert grey[disk()].mean() - grey[~disk()].mean() > 0.5
 
+    @pytest.mark.parametrize("store", [lambda hu: hu.astype(np.int16).view(np.uint16), lambda hu: hu + 32768])
+    def test_hounsfield_units_in_png_are_found_where_they_were_put(self, tmp_path, store):
+        hu = np.full((40, 40), -1000) + np.random.default_rng(0).integers(-8, 9, (40, 40))
+        hu[5:35, 5:35] += 1060
+        save(tmp_path / "ct.png", store(hu).astype(np.uint16))
+        grey = _read(tmp_path / "ct.png", None)
+        np.testing.assert_allclose(grey, ((hu + 160) / 400).clip(0, 1), atol=1e-5)
+        bright = np.where(disk(), 65535, 900).astype(np.uint16)  # no CT, and not wrapped
+        save(tmp_path / "spot.png", bright)
+        np.testing.assert_array_equal(_read(tmp_path / "spot.png", None), disk())
+
     def test_grey_in_eight_bits_is_not_changed_by_auto(self, tmp_path):
         values = np.arange(40, 70, dtype=np.uint8).reshape(5, 6)
         save(tmp_path / "a.png", values)
@@ -456,6 +467,16 @@ class TestPictures:
         tifffile.imwrite(tmp_path / "masks/s0.tif", np.zeros((4, 24, 32), np.uint8), photometric="minisblack")
         with pytest.raises(UserError, match=r"s0\.tif is 4 pages of 32x24 pixels, its image 5 pages of 32x24"):
             open_own(tmp_path)[0]
+
+    def test_pages_written_one_by_one_are_a_stack_unless_their_sizes_differ(self, tmp_path):
+        for sizes in ((8, 8, 8), (8, 8, 9)):
+            with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+                for value, size in enumerate(sizes):
+                    writer.write(np.full((size, 9), value, np.uint8), photometric="minisblack")
+            if len(set(sizes)) == 1:
+                assert decode(tmp_path / "a.tif").values[:, 0, 0].tolist() == [0, 1, 2]
+        with pytest.raises(UserError, match="holds pictures of different sizes, 8 x 9, 8 x 9, 9 x 9"):
+            decode(tmp_path / "a.tif")
 
     def test_axes_of_tiff_are_told_apart(self, tmp_path):
         path = tmp_path / "a.ome.tif"

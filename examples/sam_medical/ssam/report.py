@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,13 @@ def _show(panel: Any, image: np.ndarray, masks: np.ndarray, labels: Sequence[str
     panel.imshow(image[rows][:, columns], aspect="auto" if is_thin else "equal")
     for mask, colour in zip(masks, _colours(labels), strict=False):
         _paint(panel, mask[rows][:, columns], colour, "auto" if is_thin else "equal")
+
+
+def shrunk(sample: Sample) -> Sample:
+    """As many of a sample's pixels as are ever shown, so that several large ones can be kept."""
+    height, width = sample.image.shape[:2]
+    rows, columns = _places(height, max(height, width)), _places(width, max(height, width))
+    return replace(sample, image=sample.image[rows][:, columns], masks=sample.masks[:, rows][:, :, columns])
 
 
 def _places(side: int, longer: int) -> np.ndarray:

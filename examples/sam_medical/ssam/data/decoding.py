@@ -32,6 +32,12 @@ MOST_PIXELS = 100_000_000
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 # Of pictures that hold several: what is shown one after the other. Phones put previews into their JPEGs.
 SEQUENCES = ("GIF", "WEBP", "PNG")
+# TIFF's photometric for CMYK.
+SEPARATED = 5
+# Where CT's values are if sixteen bits hold them without a sign.
+WRAPPED_FROM = 65536 - 3100
+HIGHEST_CT = 20000
+OFFSET = 32768
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
 
 
@@ -50,6 +56,7 @@ class Scan:
         lossy: Whether the format changes values.
         files: Of DICOM, the slices in their order, or the one file.
         pixel_mm2: Of a DICOM picture, the area of a pixel, where it says so.
+        remark: What was done to its values, if anything.
     """
 
     path: Path
@@ -62,6 +69,7 @@ class Scan:
     lossy: bool = False
     files: tuple[Path, ...] = ()
     pixel_mm2: float | None = None
+    remark: str = ""
 
     @property
     def in_colour(self) -> bool:
@@ -84,6 +92,25 @@ class Scan:
         return float(values.min()), float(values.max())
 
 
+def as_hounsfield(scan: Scan) -> Scan:
+    """A picture of sixteen bits whose negative values were stored as ones beyond 32767, or all with 32768 added.
+
+    PNG has no negative values, and CT is full of them; of nothing else do values lie so.
+    """
+    values = scan.values
+    if scan.affine is not None or values.dtype != np.uint16 or scan.in_colour:
+        return scan
+    high = values > WRAPPED_FROM
+    is_wrapped = high.mean() > 0.01 and not ((values > HIGHEST_CT) & ~high).any() and np.ptp(values[high]) > 10
+    if is_wrapped and not high.all():
+        return replace(scan, values=values.view(np.int16), remark="with its negative values, which were wrapped")
+    low, top = int(values.min()), int(values.max())
+    if OFFSET - 3100 <= low <= OFFSET - 900 and top <= OFFSET + HIGHEST_CT and (values > OFFSET).any():
+        shifted = (values.astype(np.int32) - OFFSET).astype(np.int16)
+        return replace(scan, values=shifted, remark=f"less the {OFFSET} that were added")
+    return scan
+
+
 def suffix_of(name: str) -> str:
     """The known ending of a file's name, in small letters; empty if there is none."""
     lower = name.lower()
@@ -98,6 +125,21 @@ def is_dicom(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def is_one_picture(path: Path) -> bool:
+    """Whether that is plain from the beginning of a file, without decoding it.
+
+    Raises:
+        UserError: if it is too large to be decoded.
+    """
+    if suffix_of(path.name) not in (*PICTURES, *TIFF):
+        return False
+    try:
+        with _open_picture(path) as image:
+            return image.format not in (*SEQUENCES, "TIFF") or getattr(image, "n_frames", 1) == 1
+    except (OSError, SyntaxError, ValueError):
+        return False  # which decoding will say more of
 
 
 def decode(path: Path, files: tuple[Path, ...] = ()) -> Scan:
@@ -128,9 +170,7 @@ def _guarded(path: Path, kind: str, read: Callable[[], Scan]) -> Scan:
     except MemoryError as error:
         raise UserError(f"{path} does not fit into memory; cut it into smaller ones.") from error
     except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as {kind} ({first_line(error)}); replace or remove the file."
-        ) from error
+        raise UserError(f"{path} cannot be read as {kind} ({_reason(error)}); replace or remove the file.") from error
     if 0 in scan.values.shape:
         raise UserError(f"{path} is empty, {' x '.join(map(str, scan.values.shape))}; replace or remove the file.")
     if scan.affine is not None and not is_usable(scan.affine):
@@ -138,6 +178,14 @@ def _guarded(path: Path, kind: str, read: Callable[[], Scan]) -> Scan:
     if scan.values.dtype == np.float64:
         scan = replace(scan, values=scan.values.astype(np.float32))
     return scan
+
+
+def _reason(error: Exception) -> str:
+    """What a library says went wrong: ITK says where in its own source first, and what in the last line."""
+    text = str(error).strip()
+    return (
+        text.splitlines()[-1].rpartition("): ")[2] if "sitk::ERROR" in text or "itk::" in text else first_line(error)
+    )
 
 
 def _read_nifti(path: Path) -> Scan:
@@ -253,17 +301,12 @@ def _read_tiff(path: Path) -> Scan:
         page: Any = file.pages.first
         if len(file.pages) == 1 and np.max(page.bitspersample) <= 8:
             return _read_picture(path)
-        whole = [series for series in file.series if not all(part.is_reduced for part in series.pages if part)]
-        if len(whole) != 1:
-            sizes = ", ".join(" x ".join(map(str, series.shape)) for series in whole)
-            raise UserError(f"{path} holds pictures of different sizes, {sizes}; save each as a file of its own.")
-        series = whole[0]
-        axes, shape = series.axes, series.shape
-        _check_pixels(path, *(size for axis, size in zip(axes, shape, strict=True) if axis in "YX"))
-        values = series.asarray()
+        values, axes = _whole_pages(path, file)
         colour_map, photometric = page.colormap, page.photometric
         lossy = page.compression in (6, 7, 34712, 33003, 33005)
         orientation = page.tags.valueof(274, default=1)
+    if photometric == SEPARATED:
+        raise UserError(f"{path} is in CMYK of more than eight bits; save it in RGB.")
     values, is_stack = _pages_of(path, values, axes)
     if orientation != 1:
         raise UserError(f"{path} is stored turned (TIFF orientation {orientation}); save it upright.")
@@ -278,6 +321,22 @@ def _read_tiff(path: Path) -> Scan:
     if values.ndim == 4:
         values = values[..., :3]
     return Scan(path, values, is_stack=is_stack, alpha=alpha, lossy=lossy)
+
+
+def _whole_pages(path: Path, file: Any) -> tuple[np.ndarray, str]:
+    """The pages of a TIFF file and their axes, in tifffile's letters; without previews.
+
+    Pages that were written one by one are a series each, and a stack together.
+    """
+    whole = [series for series in file.series if not all(part.is_reduced for part in series.pages if part)]
+    first = whole[0]
+    if any(series.shape != first.shape or series.axes != first.axes for series in whole):
+        sizes = ", ".join(" x ".join(map(str, series.shape)) for series in whole)
+        raise UserError(f"{path} holds pictures of different sizes, {sizes}; save each as a file of its own.")
+    _check_pixels(path, *(size for axis, size in zip(first.axes, first.shape, strict=True) if axis in "YX"))
+    if len(whole) == 1:
+        return first.asarray(), first.axes
+    return np.stack([series.asarray() for series in whole]), "I" + first.axes
 
 
 def _pages_of(path: Path, values: np.ndarray, axes: str) -> tuple[np.ndarray, bool]:
@@ -303,9 +362,7 @@ def _pages_of(path: Path, values: np.ndarray, axes: str) -> tuple[np.ndarray, bo
 
 
 def _read_picture(path: Path) -> Scan:
-    Image.MAX_IMAGE_PIXELS = None  # we say more clearly what is too large, and before it is read
-    image = Image.open(path)
-    _check_pixels(path, *image.size)
+    image = _open_picture(path)
     count = getattr(image, "n_frames", 1) if image.format in SEQUENCES else 1
     if count * image.width * image.height > 4 * MOST_PIXELS:
         raise UserError(f"{path} holds {count} pictures, too many for one file; save each as a file of its own.")
@@ -314,6 +371,13 @@ def _read_picture(path: Path) -> Scan:
         image.seek(number)
         frames.append(_read_frame(path, image))
     return frames[0] if count == 1 else _joined(frames)
+
+
+def _open_picture(path: Path) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # we say more clearly what is too large
+    image = Image.open(path)
+    _check_pixels(path, *image.size)
+    return image
 
 
 def _joined(frames: Sequence[Scan]) -> Scan:

@@ -10,9 +10,8 @@ from threading import RLock
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ssam.data.decoding import NIFTI, PICTURES, TIFF, Scan, suffix_of
+from ssam.data.decoding import NIFTI, Scan, as_hounsfield, is_one_picture, suffix_of
 from ssam.data.geometry import (
     PLANES,
     STORED,
@@ -67,23 +66,12 @@ class Layer:
 
 def numbers_of(source: Source, plane: str) -> Sequence[int | None]:
     """The numbers of a source's slices or pages; None for a picture, which is all there is."""
-    if _is_one_picture(source.path):
+    if is_one_picture(source.path):
         return [None]
     shape, affine, is_stack = probe(source)
     if not is_stack:
         return [None]
     return range(shape[_slice_axis(affine, plane)])
-
-
-def _is_one_picture(path: Path) -> bool:
-    """Whether that is plain without decoding the file."""
-    if suffix_of(path.name) not in (*PICTURES, *TIFF):
-        return False
-    try:
-        with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1 or image.format == "MPO"
-    except Exception:
-        return False  # which decoding it will say more of
 
 
 def probe(source: Source) -> tuple[tuple[int, ...], np.ndarray | None, bool]:
@@ -101,13 +89,20 @@ def scan_of(source: Source) -> Scan:
     return _KEPT.get((source.path, source.files), source.decode)
 
 
+def image_scan_of(source: Source, reading: Reading) -> Scan:
+    """A source that is no mask: as `scan_of`, with CT's values below zero wherever the file has put them."""
+    if reading.intensity == LEGACY:
+        return scan_of(source)
+    return _KEPT.get((source.path, source.files, "image"), lambda: as_hounsfield(scan_of(source)))
+
+
 def name_of(source: Source, number: int | None) -> str:
     return source.flat_name if number is None else f"{source.flat_name}_{number:03}"
 
 
 def read_slice(source: Source, number: int | None, reading: Reading) -> np.ndarray:
     """(H, W, 3), float32 between zero and one."""
-    scan = scan_of(source)
+    scan = image_scan_of(source, reading)
     plane = _pictures(scan.values, scan.affine, reading.plane)[number or 0]
     return to_channels(plane, scan, parse_intensity(reading.intensity), reading.modality)
 

@@ -129,7 +129,7 @@ def _describe_file(scan: Scan, dataset: SegmentationDataset) -> dict[str, Any]:
         "kind": str(scan.values.dtype) + (" in colour" if scan.in_colour else ""),
         "values": [low, high],
         "zero_and_one": bounds,
-        "read_as": read_as,
+        "read_as": f"{read_as}, {scan.remark}" if scan.remark else read_as,
     }
 
 
