@@ -717,5 +717,11 @@ class TestDicom:
             "examples_rgb_color.dcm": (1, 240, 320, 3),
         }.items():
             assert decode(SHIPPED / name).values.shape == shape
-        with pytest.raises(UserError, match=r"rtplan\.dcm"):
-            decode(SHIPPED / "rtplan.dcm")
+        for name, reason in {
+            "rtplan.dcm": "holds no picture, it is DICOM of the modality RTPLAN",
+            "test-SR.dcm": "of the modality SR",
+            "liver_1frame.dcm": "is a DICOM SEG; save it as NIfTI",
+            "MR_truncated.dcm": r"cannot be read as DICOM \(ITK ERROR",
+        }.items():
+            with pytest.raises(UserError, match=reason):
+                decode(SHIPPED / name)

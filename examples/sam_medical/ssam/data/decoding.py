@@ -181,11 +181,9 @@ def _guarded(path: Path, kind: str, read: Callable[[], Scan]) -> Scan:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says went wrong: ITK says where in its own source first, and what in the last line."""
-    text = str(error).strip()
-    return (
-        text.splitlines()[-1].rpartition("): ")[2] if "sitk::ERROR" in text or "itk::" in text else first_line(error)
-    )
+    """What a library says went wrong: ITK says in the first line where in its own source, and in the last what."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines and "SimpleITK" in lines[0] else first_line(error)
 
 
 def _read_nifti(path: Path) -> Scan:
@@ -263,8 +261,7 @@ def _read_dicom(path: Path) -> Scan:
     image = reader.Execute()
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
     values = scan.values  # ITK has turned MONOCHROME1, whose highest is black, round
-    _check_pixels(path, *values.shape[:2])
-    if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(path):
+    if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(header):
         return replace(scan, values=values)
     says_spacing = bool(_tag(reader, "0028|0030") or _tag(reader, "0018|1164"))
     area = float(np.prod(image.GetSpacing()[:2])) if says_spacing else None
@@ -286,10 +283,8 @@ def _tag(reader: Any, key: str) -> str:
     return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
 
 
-def _has_places(path: Path) -> bool:
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+def _has_places(header: Any) -> bool:
+    """Whether a file of several frames says where they are, as enhanced CT and MR do, and films do not."""
     return "PerFrameFunctionalGroupsSequence" in header and "FrameOfReferenceUID" in header
 
 
