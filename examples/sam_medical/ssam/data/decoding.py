@@ -251,21 +251,23 @@ def _read_series(path: Path, files: tuple[Path, ...]) -> Scan:
 
 def _read_dicom(path: Path) -> Scan:
     """A file by itself: a picture, or several frames, as it is stored; in space only if it says where frames are."""
+    import pydicom
 
-    reader = _itk_reader(path)
-    modality = _tag(reader, "0008|0060")
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    modality = str(header.get("Modality", ""))
     if modality == "SEG":
         raise UserError(f"{path} is a DICOM SEG; save it as NIfTI, for example with 3D Slicer or dcmqi.")
-    if not reader.GetNumberOfComponents() or modality in ("SR", "RTSTRUCT", "RTPLAN", "PR"):
-        raise UserError(f"{path} holds no picture, it is DICOM of the modality {modality}; remove it.")
-    image = reader.Execute()
+    if "Rows" not in header:
+        raise UserError(f"{path} holds no picture, it is DICOM of the modality {modality or 'none'}; remove it.")
+    _check_pixels(path, int(header.Rows), int(header.Columns))
+    image = _itk_reader(path).Execute()
+    # ITK has turned MONOCHROME1, whose highest is black, round.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
-    values = scan.values  # ITK has turned MONOCHROME1, whose highest is black, round
     if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(header):
-        return replace(scan, values=values)
-    says_spacing = bool(_tag(reader, "0028|0030") or _tag(reader, "0018|1164"))
+        return scan
+    says_spacing = "PixelSpacing" in header or "ImagerPixelSpacing" in header
     area = float(np.prod(image.GetSpacing()[:2])) if says_spacing else None
-    pictures = np.swapaxes(values, 0, 2)
+    pictures = np.swapaxes(scan.values, 0, 2)
     return replace(scan, values=pictures, affine=None, is_stack=len(pictures) > 1, pixel_mm2=area)
 
 
