@@ -558,9 +558,27 @@ class TestLayouts:
         with pytest.raises(UserError, match="gives annotation 0 a box and no outline"):
             open_own(tmp_path / "c")
 
-    def test_labelme(self, tmp_path):
+    @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
+    def test_coco_files_of_splits(self, tmp_path, image_of):
+        for split in ("train", "val", "test"):
+            for index in range(2):
+                save(tmp_path / image_of.format(split, index), np.full((48, 64), 40 * len(split), np.uint8))
+            images = [{"id": i, "file_name": f"a{i}.jpg", "width": 64, "height": 48} for i in range(2)]
+            outline = {"id": 1, "image_id": 0, "category_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
+            content = {"images": images, "annotations": [outline], "categories": [{"id": 1, "name": "cyst"}]}
+            say(tmp_path / "annotations", content, f"instances_{split}2017.json")
+        for split, length in {"train": 5, "validation": 3, "test": 4}.items():
+            dataset = open_own(tmp_path, split)
+            assert len(dataset) == 2 and dataset[0].masks.sum() == 81
+            assert dataset[0].image.mean() == pytest.approx(40 * length / 255, abs=0.01)
+        (tmp_path / "annotations/instances_test2017.json").unlink()
+        with pytest.raises(UserError, match="COCO's files for its splits, but none for test"):
+            open_own(tmp_path, "test")
+
+    @pytest.mark.parametrize("places", [("", ""), ("images/", "annotations/")])
+    def test_labelme(self, tmp_path, places):
         for index in range(10):
-            save(tmp_path / f"{index}.png", np.zeros((48, 64), np.uint8))
+            save(tmp_path / f"{places[0]}{index}.png", np.zeros((48, 64), np.uint8))
             shapes = [
                 {"label": "cyst", "shape_type": "polygon", "points": [[14, 10], [34, 10], [34, 30], [14, 30]]},
                 {"label": "stone", "shape_type": "circle", "points": [[50, 20], [50, 25]]},
@@ -571,7 +589,7 @@ class TestLayouts:
                 "imageHeight": 48,
                 "shapes": shapes[: 1 + index % 2],
             }
-            say(tmp_path, content, f"{index}.json")
+            say(tmp_path / places[1], content, f"{index}.json")
         dataset = open_own(tmp_path)
         assert list(dataset.labels) == ["cyst", "stone"] and dataset[1].masks[0].sum() == 21 * 21
         assert dataset[0].masks[1].sum() == 0 and dataset[1].masks[1].sum() == pytest.approx(np.pi * 5.5**2, rel=0.1)

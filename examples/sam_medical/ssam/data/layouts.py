@@ -5,6 +5,7 @@ A layout gives, for a folder, the labels, and every image with what says where t
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,23 @@ from ssam.errors import UserError
 
 LABELS_FILE = "labels.json"
 NNUNET_FILE = "dataset.json"
-IMAGE_FOLDERS = ("images", "image", "imgs")
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentations", "ground_truth", "groundtruth", "gt")
+IMAGE_FOLDERS = ("images", "image", "imgs", "jpegimages")
+MASK_FOLDERS = (
+    "masks",
+    "mask",
+    "labels",
+    "annotations",
+    "segmentations",
+    "ground_truth",
+    "groundtruth",
+    "gt",
+    "segmentationclass",
+)
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
 COCO_KEYS = {"images", "annotations", "categories"}
 # Of a file that is to tell whether it is COCO's or labelme's; read whole only if it begins so.
 NAMED_AT_MOST = 3
@@ -68,15 +84,40 @@ def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
         return _nnunet(folder)
     if coco_files(folder):
         return _coco(folder, coco_files(folder), [path for other in all_folders for path in coco_files(other)])
-    if _folder_named(folder, IMAGE_FOLDERS) is None or _folder_named(folder, MASK_FOLDERS) is None:
+    if not _holds_masks(_folder_named(folder, MASK_FOLDERS)):
         shapes = _labelme_files(folder)
         if shapes:
             return _labelme(folder, shapes, [path for other in all_folders for path in _labelme_files(other)])
-        if _folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
-            beside = _masks_beside(folder, root)
-            if beside:
-                return beside
+    if _folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
+        beside = _masks_beside(folder, root)
+        if beside:
+            return beside
     return _two_folders(folder, root, all_folders)
+
+
+def _holds_masks(folder: Path | None) -> bool:
+    return folder is not None and bool(find_sources(folder)[0])
+
+
+def coco_split(folder: Path, split: str) -> Part | None:
+    """A split of COCO's whose files are named by it, as instances_train.json and instances_val.json are.
+
+    Raises:
+        UserError: if there are such files, but none of this split.
+    """
+    files = coco_files(folder)
+    by_split = {name: [path for path in files if _is_called(path.stem, name)] for name in SPLIT_NAMES}
+    if sum(map(bool, by_split.values())) < 2:
+        return None
+    if not by_split[split]:
+        raise UserError(f"{folder} has COCO's files for its splits, but none for {split}; add instances_{split}.json.")
+    return _coco(folder, by_split[split], files, split)
+
+
+def _is_called(text: str, split: str) -> bool:
+    """Whether a split's name is among the words of a file's or folder's, as in instances_val2017."""
+    words = re.split(r"[^a-z]+", text.lower())
+    return any(name in words for name in SPLIT_NAMES[split])
 
 
 def has_images(folder: Path) -> bool:
@@ -249,7 +290,7 @@ def _is_coco(path: Path) -> bool:
     return isinstance(content, dict) and content.keys() >= COCO_KEYS and isinstance(content["images"], list)
 
 
-def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> Part:
+def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split: str = "") -> Part:
     labels = _coco_labels(all_files or files)
     part = Part(labels, [], [f"read as COCO's, by {', '.join(path.name for path in files)}"], folder=folder)
     by_path, by_name = _files_below(folder)
@@ -267,7 +308,7 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> Par
             of_image[annotation["image_id"]].append(annotation)
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
-            path = by_path.get(name) or by_name.get(name.rsplit("/", 1)[-1])
+            path = by_path.get(name) or _of_split(by_name.get(name.rsplit("/", 1)[-1]), split, folder)
             if path is None:
                 raise UserError(f"{file} lists {name}, which is in no folder of {folder}; add it.")
             if isinstance(path, list):
@@ -278,9 +319,19 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> Par
             part.pairs.append(Pair(source_of_file(path), annotation))
     part.pairs.sort(key=lambda pair: pair.image.key)
     left = [path for path in by_path.values() if path not in used]
-    if left:
+    if left and not split:
         part.notes.append(f"{len(left)} images are not listed, and not read, first {left[0].name}")
     return part
+
+
+def _of_split(paths: Any, split: str, folder: Path) -> Any:
+    """Of several pictures of one name, the only one that lies in a folder of the split, if there is one."""
+
+    def lies_in_split(path: Path) -> bool:
+        return any(_is_called(part, split) for part in path.relative_to(folder).parts[:-1])
+
+    mine = [path for path in _as_list(paths) if split and lies_in_split(path)]
+    return mine[0] if len(mine) == 1 else paths
 
 
 def _coco_labels(files: Sequence[Path]) -> list[str]:
@@ -322,7 +373,7 @@ def _files_below(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
 
 
 def _as_list(value: Any) -> list[Path]:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _labelme_files(folder: Path) -> list[Path]:

@@ -25,17 +25,12 @@ from pathlib import Path
 
 from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
 from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
-from ssam.data.layouts import Pair, Part, has_images, read_part
+from ssam.data.layouts import SPLIT_NAMES, Pair, Part, coco_split, has_images, read_part
 from ssam.data.reading import Reading, image_scan_of, name_of, numbers_of, read_slice
 from ssam.data.sources import folders_in
 from ssam.errors import UserError
 
 HOLDING = "images, masks and labels.json"
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
 LEAST_FOLDERS = 10
 
 
@@ -48,12 +43,13 @@ class OwnData(SegmentationDataset):
         folders = _split_folders(root)
         if folders and split not in folders:
             raise UserError(f"{root} has folders for its splits, but none for {split}; add {root / split / 'images'}.")
-        part = read_part(folders.get(split, root), root, list(folders.values()) or [root])
+        of_split = None if folders else coco_split(root, split)
+        part = of_split or read_part(folders.get(split, root), root, list(folders.values()) or [root])
         self.labels: Sequence[str] = tuple(part.labels)
         self.notes = part.notes
         if part.modality:
             self.reading = replace(self.reading, modality=part.modality)
-        pairs = part.pairs if folders else self._in_turn(part)
+        pairs = part.pairs if folders or of_split else self._in_turn(part)
         if not pairs:
             raise UserError(
                 f"{part.folder} holds {len(part.pairs)} images, too few for the split {split}: give ten, or "
