@@ -23,7 +23,7 @@ from ssam.data.loading import evaluation_loader
 from ssam.data.nifti import is_volume, without_suffix, write_mask_volume
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import predict_masks
-from ssam.files import replacing_file
+from ssam.files import folder_in, replacing_file
 from ssam.methods import METHODS
 from ssam.options import PredictOptions, parse_options
 from ssam.runtime import prepare_process
@@ -47,7 +47,7 @@ def main() -> None:
     for path, of_file in groupby(pairs, key=lambda pair: pair[0][0]):
         slices = [masks for _, (_, masks) in of_file]
         for label, masks_of_label in zip(task.labels, zip(*slices, strict=True), strict=True):
-            write_masks(path, masks_of_label, Path(options.output) / label)
+            write_masks(path, masks_of_label, folder_in(Path(options.output), label))
         files += 1
     print(f"Wrote the masks of {files} files for {', '.join(task.labels)} to {options.output}.")
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ssam.data.nifti import is_volume, read_image_slice, without_suffix
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 from ssam.names import why_not_a_folder
 
 EXTENSIONS = (".bmp", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -66,7 +66,12 @@ class SegmentationDataset(ABC):
         self.labels = tuple(labels)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.read(index)
+        try:
+            sample = self.read(index)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.root}: image {index} of the split {self.split} cannot be read ({first_line(error)})."
+            ) from error
         if self._kept is None:
             return sample
         return replace(sample, masks=sample.masks[self._kept])
