@@ -1,6 +1,7 @@
 # make demo   trains the example on a brain MRI, from nothing: environment, packages, weights, training
 # make test   runs the tests
 # make conformance  runs PEFT's own tests against the method; PEFT=0.21.0 takes those of another version
+# make soak   ten minutes of kills, bit flips, random sequences and threads, with figures at the end
 # make bench  measures time and memory beside LoRA and others: a short run of all benchmarks (11 minutes)
 # make lint   checks style and types
 # make clean  removes the environment and what runs have left
@@ -10,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 EXAMPLE := examples/sam_medical
 
-.PHONY: demo test conformance bench lint clean
+.PHONY: demo test conformance soak bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
@@ -20,6 +21,9 @@ test: $(INSTALLED) .venv/references/installed .venv/quantizers/installed
 
 conformance: $(INSTALLED)
 	PYTHONPATH=tests $(BIN)/python -m conformance.run --peft '$(PEFT)'
+
+soak: $(INSTALLED)
+	PYTHONPATH=tests:$(EXAMPLE) $(BIN)/python -m soak
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py --quick

@@ -56,7 +56,9 @@ def hotswap_adapter(
     )
     loaded.unchecked_digests = config.unchecked_digests
     set_peft_model_state_dict(model, state_dict, adapter_name)
-    loaded.fingerprints, loaded.digests = config.fingerprints, config.digests
+    # What is trained further here is made for the weights here, as after loading it.
+    loaded.fingerprints = config.fingerprints if loaded.inference_mode else None
+    loaded.digests = config.digests if loaded.inference_mode else None
 
 
 def _check_same_shapes(source: str, given: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

@@ -188,7 +188,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """Whether it computes with a weight that is not at hand, or somebody waits for it to be called."""
         base_layer = self.base_layer
         hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
-        return bool(hooked) or self.quantization_backend is not None
+        patched = "forward" in base_layer.__dict__
+        return bool(hooked) or patched or self.quantization_backend is not None
 
     def _change_of_active_adapters(self) -> Tensor | None:
         change = None
@@ -348,6 +349,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
                 raise ValueError("its weight is on the meta device. Load the base model before adding the adapter.")
             if not weight.isfinite().all():
                 raise ValueError("its weight holds NaN or infinite values, so it has no singular values.")
+            if not weight.numel():
+                raise ValueError("its weight has no rows or no columns, so it has no singular values.")
             return self.to_matrices(weight)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -51,7 +52,12 @@ def adapter_of_each_sample(model: nn.Module, adapter_names: list[str], num_beams
 
 
 def _give_names(adapter_names: list[str]):
+    thread = threading.get_ident()
+
     def hook(module, args, kwargs):
+        # Other threads may compute with the same model, with other names or with none.
+        if threading.get_ident() != thread:
+            return args, kwargs
         return args, {**kwargs, "adapter_names": adapter_names}
 
     return hook

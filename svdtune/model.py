@@ -53,13 +53,16 @@ class SVDScaleShiftModel(BaseTuner):
     tuner_layer_cls = SVDScaleShiftLayer
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT takes regular expressions too
     peft_config: dict[str, SVDScaleShiftConfig]  # type: ignore[assignment]
+    # Of modules with several parents, by the module's id: the parents, and its name in each.
+    _places: dict[int, list[tuple[nn.Module, str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
         config = self.peft_config[adapter_name]
         check_time(expressions_of(config), (name for name, _ in model.named_modules()))
         check_token_rows(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with self._replacing_everywhere(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]  # PEFT may have put another one in its place
         check_fingerprints(model, adapter_name, config)
         if not config.inference_mode:
@@ -95,12 +98,31 @@ class SVDScaleShiftModel(BaseTuner):
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with self._replacing_everywhere(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    @contextmanager
+    def _replacing_everywhere(self, model: nn.Module) -> Iterator[None]:
+        """While open, a module with several parents is replaced under each: PEFT sees it under the first alone."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                places.setdefault(id(child), []).append((parent, name))
+        self._places = {key: found for key, found in places.items() if len(found) > 1}
+        try:
+            yield
+        finally:
+            self._places = {}
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, SVDScaleShiftLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             # A module that comes back is whole. PEFT would set its `weight`, which HQQ's layers and experts have not.
             setattr(parent, child_name, new_module)
+        for other_parent, name in self._places.get(id(child), ()):
+            setattr(other_parent, name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leaves A and B in float32, as they are made, unless the dtype of the base weight is asked for."""

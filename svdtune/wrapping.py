@@ -6,9 +6,11 @@ from typing import Any, cast
 
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from svdtune.kinds import LAYER_KINDS, Linear, ParamWrapper
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.trial import computes_the_same
 
 REMEDY = "Take it out of `target_modules`, or name it in `exclude_modules`."
 
@@ -42,6 +44,7 @@ def new_layer(
                 raise TypeError(
                     f"`{name}` cannot be tuned: it is quantised. Name its module in `target_modules` instead."
                 )
+            _check_holds_its_weight(target, parameter_name, name)
             return ParamWrapper(target, parameter_name, **options)
         if isinstance(target, nn.MultiheadAttention):
             return _tuned_attention(target, name, **options)
@@ -103,18 +106,34 @@ def _layer_kind(target: nn.Module, parent: nn.Module, name: str) -> type[SVDScal
 
 
 def _check_computes_a_product(target: nn.Module, base_type: type[nn.Module], name: str) -> None:
-    # A subclass with a forward of its own computes something else than the product that takes its place.
+    # A subclass with a forward of its own may compute something else than the product that takes its place.
     own_forward = type(target).forward is not base_type.forward  # type: ignore[comparison-overlap]
-    if own_forward and not hasattr(target, "embed_scale"):
+    if own_forward and not hasattr(target, "embed_scale") and not computes_the_same(target, base_type):
         raise TypeError(
-            f"`{name}` cannot be tuned: {type(target).__name__} has its own forward, unlike {base_type.__name__}. "
-            f"{REMEDY}"
+            f"`{name}` cannot be tuned: {type(target).__name__} has its own forward, unlike {base_type.__name__}, and "
+            f"does not compute the same. {REMEDY}"
         )
     if getattr(target, "max_norm", None) is not None:
         raise TypeError(f"`{name}` cannot be tuned: with `max_norm` it changes its weight at every call. {REMEDY}")
+    _check_holds_its_weight(target, "weight", name)
     weight = cast(Tensor, target.weight)
     if not weight.is_floating_point():
         raise TypeError(f"`{name}` cannot be tuned: its weight is {weight.dtype}. {REMEDY}")
+
+
+def _check_holds_its_weight(target: nn.Module, parameter_name: str, name: str) -> None:
+    """Refuses weights that a module computes from others: the decomposition would be of a passing value."""
+    path, _, last = parameter_name.rpartition(".")
+    holder = target.get_submodule(path)
+    computed = parametrize.is_parametrized(holder, last) or any(
+        f"{last}{ending}" in holder._parameters for ending in ("_orig", "_g", "_v")
+    )
+    if computed:
+        raise TypeError(
+            f"`{name}` cannot be tuned: its {parameter_name} is computed from other parameters (weight norm, spectral "
+            "norm, a parametrization or pruning). Make it permanent first, with remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils."
+        )
 
 
 def _keep_readable(target: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import svdtune
@@ -419,6 +420,85 @@ def test_an_integer_weight_is_refused():
 def test_a_subclass_with_the_forward_of_its_base_is_tuned():
     model = get_peft_model(nn.Sequential(RenamedLinear(4, 6)), SVDScaleShiftConfig(target_modules=["0"]))
     assert len(trainable(model)) == 2
+
+
+class TransposedLinear(nn.Linear):
+    """As Falcon's: the same product in other words."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class ClampedLinear(nn.Linear):
+    """The same product for small inputs alone."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-10, 10)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_tuned_if_it_computes_the_same(train, relative_error):
+    base = nn.Sequential(TransposedLinear(6, 5))
+    model = get_peft_model(base, SVDScaleShiftConfig(target_modules=["0"]))
+    x, tuned = torch.randn(3, 6), train(model)
+    expected = tuned(x)
+    assert relative_error(tuned.merge_and_unload()(x), expected) < 1e-6
+    with pytest.raises(TypeError, match="ClampedLinear has its own forward, unlike Linear, and does not compute"):
+        get_peft_model(nn.Sequential(ClampedLinear(6, 5)), SVDScaleShiftConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda linear: prune.random_unstructured(linear, "weight", 0.3),
+    ],
+    ids=["weight norm", "spectral norm", "weight norm as parametrization", "orthogonal", "pruning"],
+)
+def test_a_weight_that_is_computed_from_others_is_refused(reparametrise):
+    module = nn.Sequential(reparametrise(nn.Linear(6, 6)))
+    with pytest.raises(TypeError, match="`0` cannot be tuned: its weight is computed from other parameters"):
+        get_peft_model(module, SVDScaleShiftConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(8, 0), nn.Linear(0, 8)], ids=str)
+def test_a_layer_without_rows_or_columns_is_refused_by_name(linear):
+    with pytest.raises(ValueError, match="`0` cannot be tuned: its weight has no rows or no columns"):
+        get_peft_model(nn.Sequential(linear), SVDScaleShiftConfig(target_modules=["0"]))
+
+
+def test_a_forward_that_was_patched_on_the_instance_runs():
+    linear = nn.Linear(8, 8)
+    plain = linear.forward
+    linear.forward = lambda x: 2 * plain(x)
+    x = torch.randn(3, 8)
+    expected = linear(x)
+    model = get_peft_model(nn.Sequential(linear), SVDScaleShiftConfig(target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+
+
+class TwoParents(nn.Module):
+    def __init__(self):
+        super().__init__()
+        projection = nn.Linear(8, 8)
+        self.first, self.second = (nn.ModuleDict({"projection": projection}) for _ in range(2))
+
+    def forward(self, x):
+        return self.second["projection"](self.first["projection"](x).tanh())
+
+
+def test_a_module_under_two_parents_is_tuned_once_and_seen_by_both(train, relative_error):
+    model = train(get_peft_model(TwoParents(), SVDScaleShiftConfig(target_modules=["projection"])))
+    net = model.base_model.model
+    assert net.first["projection"] is net.second["projection"]
+    x = torch.randn(3, 8)
+    expected = model(x)
+    unloaded = model.merge_and_unload()
+    assert relative_error(unloaded(x), expected) < 1e-6
+    assert type(unloaded.first["projection"]) is nn.Linear
+    assert unloaded.first["projection"] is unloaded.second["projection"]
 
 
 @pytest.mark.parametrize("weight, message", [("meta", "meta device"), ("nan", "NaN or infinite")])

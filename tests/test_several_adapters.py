@@ -1,6 +1,7 @@
 """What vectors over one shared basis give: mixed batches, exact sums, and switching in place."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -82,6 +83,19 @@ def test_each_sample_of_a_mixed_batch_gets_its_own_adapter(model, base, tokens, 
         torch.testing.assert_close(mixed[row], alone[row], **tolerance)
     model.base_model.set_adapter("paper")
     torch.testing.assert_close(model(tokens)[2], mixed[2], **tolerance)
+
+
+def test_threads_do_not_see_each_others_mixed_batches(model, tokens, tolerance):
+    """While one thread is inside its pass, another computes with other names, and a third with none."""
+    choices = [["paper"] * 6, ["svf"] * 6, None]
+
+    def compute(names):
+        return model(tokens) if names is None else model(tokens, adapter_names=names)
+
+    alone = [compute(names) for names in choices]
+    with ThreadPoolExecutor(3) as pool:
+        for index, output in enumerate(pool.map(compute, choices * 20)):
+            torch.testing.assert_close(output, alone[index % 3], **tolerance)
 
 
 def test_a_mixed_batch_takes_modules_to_save_of_each_adapter(base, tokens):

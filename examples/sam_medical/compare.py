@@ -21,13 +21,14 @@ from ssam.comparison_report import write_report
 from ssam.errors import one_line_errors
 from ssam.files import folder_in
 from ssam.lock import only_command_in
-from ssam.options import CompareOptions, parse_options
+from ssam.options import CompareOptions, parse_options, require_folder_to_be
 from ssam.runtime import prepare_process
 
 
 @one_line_errors
 def main() -> None:
     options = parse_options(CompareOptions)
+    require_folder_to_be(options, "output_dir")
     with only_command_in(Path(options.output_dir)):
         compare(options)
 

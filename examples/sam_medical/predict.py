@@ -36,7 +36,7 @@ from ssam.data.reading import scan_of
 from ssam.data.sources import Source
 from ssam.errors import UserError, first_line, one_line_errors
 from ssam.evaluation import predict_logits
-from ssam.files import write_json
+from ssam.files import folder_in, write_json
 from ssam.methods import METHODS
 from ssam.options import PredictOptions, parse_options
 from ssam.runtime import prepare_process
@@ -75,16 +75,18 @@ class Segmenter:
 
     def _write(self, source: Source, scan: Scan, masks: np.ndarray, probabilities: np.ndarray) -> dict[str, str]:
         output, plane = Path(self.options.output), self.task.plane
+        below, stem = Path(source.name).parent, Path(source.name).name
         for label, mask, probability in zip(self.task.labels, masks, probabilities, strict=True):
-            write_mask(scan, plane, mask, output / label / source.name)
+            place = folder_in(output, label, *below.parts) / stem
+            write_mask(scan, plane, mask, place)
             if self.options.probabilities:
-                write_probabilities(scan, plane, probability, output / label / f"{source.name}_probability")
+                write_probabilities(scan, plane, probability, place.with_name(f"{place.name}_probability"))
         if not scan.files:
             return {}
         if scan.affine is not None:
             masks = np.stack([as_stored(scan, plane, mask).transpose(2, 1, 0) for mask in masks])
         try:
-            write_dicom_seg(scan, masks, self.task.labels, output / "dicom-seg" / source.name)
+            write_dicom_seg(scan, masks, self.task.labels, folder_in(output, "dicom-seg", *below.parts) / stem)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             return {"no_dicom_seg": first_line(error)}
         return {}

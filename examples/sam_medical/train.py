@@ -37,7 +37,7 @@ from ssam.evaluation import evaluate, predict_masks
 from ssam.files import folder_in, refuse_link, remove, restore, write_json
 from ssam.lock import only_command_in
 from ssam.metrics import MaskScore, score_labels, write_scores
-from ssam.options import TrainOptions, parse_options
+from ssam.options import TrainOptions, parse_options, require_folder_to_be
 from ssam.record import check_images, environment, peak_memory
 from ssam.report import draw_curves, draw_overlays, format_table, scores_as_json
 from ssam.runtime import check_processes, end_together, make_accelerator, prepare_process
@@ -52,6 +52,7 @@ from ssam.tuning import count_trainable
 def main() -> None:
     started = time.monotonic()
     options = parse_options(TrainOptions)
+    require_folder_to_be(options, "output_dir")
     end_with_parent()
     with only_command_in(Path(options.output_dir)):
         run(options, started)

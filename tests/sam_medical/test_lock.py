@@ -71,7 +71,7 @@ def test_a_folder_that_was_there_stays_and_links_are_not_followed(tmp_path):
         assert "is in use by process" in take(tmp_path)[0]
     assert take(tmp_path) == [] and list(tmp_path.iterdir()) == []
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic links"), only_command_in(tmp_path):
+    with pytest.raises(UserError, match="symbolic links"), only_command_in(tmp_path):
         pass
     assert not (tmp_path / "victim").exists()
 

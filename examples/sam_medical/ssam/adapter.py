@@ -30,22 +30,20 @@ from ssam.task import (
     TEXT_FILE,
     Task,
     read_task,
-    shortened,
     weights_file_of,
     write_task,
 )
 from ssam.tuning import check_target_modules, expected_config, kept_tensors, load_kept_tensors, tune
+from ssam.values import shortened
 
 # Of an adapter's configuration, what is not the same for every adapter of a method on a model.
 FREE_CONFIG_KEYS = {
     "auto_mapping",
-    "base_model_name_or_path",
     "digests",
     "fingerprints",
     "format_version",
     "inference_mode",
     "peft_version",
-    "revision",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig
@@ -82,14 +83,20 @@ def load_sam_model(name: str) -> SamModel:
         model_type = SamConfig.get_config_dict(name)[0].get("model_type")
         if model_type != "sam":
             raise UserError(f"{name} holds a model of type {model_type!r}, and not 'sam'; give a SamModel.")
-        loaded: Any = SamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = SamModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
         model, loading = loaded
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(f"the weights in {name} are damaged ({first_line(error)}); download them again.") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
             f"Give {LITE_MEDSAM}, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # of whatever kind transformers has for what is in a configuration
         raise UserError(f"the weights in {name} are not those of its config.json ({first_line(error)}).") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -47,11 +47,20 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             _end(str(error))
         except OSError as error:
             _end(describe(error))
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not _is_of_memory(error):
+                raise
+            _end(f"the memory is not enough ({first_line(error)}); give a smaller batch_size or image_size.")
         except Stopped as stop:
             print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)
 
     return wrapped
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    """As torch says it, of a GPU's memory or of the machine's."""
+    return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
 def _end(message: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ssam.errors import UserError
+from ssam.errors import UserError, describe
 from ssam.files import folder_in
 
 if sys.platform != "win32":
@@ -29,14 +29,18 @@ def only_command_in(folder: Path) -> Iterator[None]:
     is gone at once when the process is killed. Windows has none of the kind.
 
     Raises:
-        UserError: if another command is at work in the folder.
+        UserError: if another command is at work in the folder, or it cannot be written.
     """
     if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
         yield
         return
     is_new = not folder.exists()
-    path = folder_in(folder) / LOCK_FILE
-    descriptor = _take(path)
+    path = folder / LOCK_FILE
+    try:
+        folder_in(folder)
+        descriptor = _take(path)
+    except OSError as error:
+        raise UserError(f"output_dir is {str(folder)!r}, which cannot be written ({describe(error)}).") from error
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(_this_process()).encode())

@@ -155,7 +155,7 @@ def read_scores(path: Path) -> list[MaskScore]:
     try:
         with path.open(newline="") as file:
             return [_from_row(row) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         problem = "cannot be read" if isinstance(error, OSError) else "does not hold the scores of images"
         raise UserError(
             f"{path} {problem}; give a run's scores.csv, or what evaluate.py --scores has written."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,9 +20,46 @@ from ssam.data.reading import Reading
 from ssam.errors import UserError
 from ssam.methods import METHODS
 from ssam.metrics import CRITERIA
+from ssam.places import why_no_file, why_no_folder, why_not_a_path
 from ssam.prompts import PROMPTS
+from ssam.values import LARGEST_IMAGE, LONGEST_TEXT, shortened
 
 T = TypeVar("T")
+
+LARGEST_CONFIG = 2**20  # bytes
+LONGEST_MESSAGE = 500
+LARGEST_FACTOR = 1e6
+PLAIN = (str, int, float, bool, date, type(None))
+# Least and most.
+LIMITS: dict[str, tuple[float, float]] = {
+    "image_size": (1, LARGEST_IMAGE),
+    "tile": (LEAST_TILE, LARGEST_IMAGE),
+    "steps": (1, 10**8),
+    "batch_size": (1, 2**16),
+    "gradient_accumulation_steps": (1, 10**6),
+    "learning_rate": (0, 1e3),
+    "value_rate": (0, 1e6),
+    "warmup_steps": (0, 10**8),
+    "weight_decay": (0, 1e3),
+    "focal_weight": (0, 1e6),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "validate_every": (1, 10**8),
+    "validation_images": (1, 10**9),
+    "overlays": (0, 10**6),
+    "seeds": (1, 10**6),
+    "folds": (1, 10**4),
+    "jobs": (1, 1024),
+    "examples": (1, 10**4),
+    "rounds": (1, 10**6),
+}
+ABOVE_ZERO = ("learning_rate", "value_rate")
+# Of files and folders; of a base model or text encoder, which may be one, a name on the hub stays as it is.
+PATHS = (
+    *("data_root", "output_dir", "adapter", "images", "output", "csv", "markdown", "scores", "against", "sheet"),
+    *("json", "dump", "report"),
+    *("backbone", "text_encoder"),
+)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -103,28 +142,22 @@ class TrainOptions:
     overwrite: bool = option(False, "Replace a finished run in output_dir.")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"):
-            require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("warmup_steps", "num_workers", "overlays", "weight_decay", "focal_weight", "seed"):
-            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        check_values(self)
         check_reading(self)
         require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
         require(self, "prompt", self.prompt in PROMPTS, f"must be {' or '.join(PROMPTS)}")
-        require(self, "tile", self.tile is None or self.tile >= LEAST_TILE, f"must be at least {LEAST_TILE}")
-        some = self.validation_images is None or self.validation_images >= 1
-        require(self, "validation_images", some, "must be at least 1")
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         whole = self.tile is None or not METHODS[self.method].needs_expert
         require(self, "tile", whole, f"has no meaning for {METHODS[self.method].title}, which sees the whole image")
         if self.prompt == "learned":
             prompted = METHODS[self.method].needs_text
             require(self, "prompt", prompted, f"has no meaning for {METHODS[self.method].title}; leave it out")
-        require(self, "learning_rate", self.peak_learning_rate > 0, "must be above 0")
-        require(self, "value_rate", self.value_rate > 0, "must be above 0")
         require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
         require(self, "choose_by", self.choose_by in CRITERIA, f"must be one of {', '.join(CRITERIA)}")
         known = ", ".join(AUGMENTATIONS)
         require(self, "augmentation", self.augmentation in AUGMENTATIONS, f"must be one of {known}")
+        once = self.labels is None or len(set(self.labels)) == len(self.labels)
+        require(self, "labels", once, "names one twice")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -158,11 +191,12 @@ class InspectOptions:
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_reading(self)
-        require(self, "image_size", self.image_size >= 1, "must be at least 1")
         require(self, "fit", self.fit in FITS, f"must be {' or '.join(FITS)}")
-        require(self, "tile", self.tile is None or self.tile >= LEAST_TILE, f"must be at least {LEAST_TILE}")
-        _require_folder_to_be(self, "dump")
+        require_folder_to_be(self, "dump")
+        for name in ("sheet", "json"):
+            require_file_to_be(self, name)
 
     @property
     def reading(self) -> Reading:
@@ -197,8 +231,6 @@ class CompareOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("seeds", "jobs", "examples"):
-            require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name, instead in (("method", "methods"), ("seed", "seeds"), ("learning_rate", "rate_factors")):
             is_default = getattr(self, name) == getattr(type(self), name)
             require(self, name, is_default, f"is set for each run; give {instead} in its place")
@@ -207,9 +239,8 @@ class CompareOptions(TrainOptions):
                 raise UserError(f"methods names {method!r}, but the methods are {', '.join(METHODS)}.")
         require(self, "methods", len(set(self.method_names)) == len(self.method_names), "names one twice")
         require(self, "folds", (self.folds is not None) == ("{fold}" in self.dataset), "goes with {fold} in dataset")
-        require(self, "folds", self.folds is None or self.folds >= 1, "must be at least 1")
         try:
-            positive = all(factor > 0 for factor in self.factors)
+            positive = all(0 < factor <= LARGEST_FACTOR for factor in self.factors)
         except ValueError:
             positive = False
         require(self, "rate_factors", positive, "must be numbers above 0 with commas between them")
@@ -244,13 +275,11 @@ class EvaluateOptions:
     batch_size: int = option(4, "Images a step.")
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
-        require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
         for name in ("output", "csv", "markdown", "scores"):
-            path = getattr(self, name)
-            can_be = path is None or not (Path(path).is_dir() or _is_below_a_file(Path(path)))
-            require(self, name, can_be, "must be a file, in a folder or one that can be made")
-        _require_folder_to_be(self, "overlays")
+            require_file_to_be(self, name)
+        require_folder_to_be(self, "overlays")
 
 
 @dataclass
@@ -268,12 +297,13 @@ class PredictOptions:
     batch_size: int = option(4, "Images a step.")
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
         require(self, "images", bool(self.images), "must be given, an image or a folder of images")
         require(self, "threshold", 0 < self.threshold < 1, "must be between 0 and 1")
         require(self, "output", bool(self.output), "must be given, a folder for the masks")
-        _require_folder_to_be(self, "output")
-        require(self, "batch_size", self.batch_size >= 1, "must be at least 1")
+        require_folder_to_be(self, "output")
+        require_file_to_be(self, "report")
 
 
 def parse_options(options_type: type[T], arguments: list[str] | None = None) -> T:
@@ -290,7 +320,9 @@ def parse_options(options_type: type[T], arguments: list[str] | None = None) -> 
         parser.set_defaults(**_read_yaml(Path(config), options_type, parser))
     namespace = vars(parser.parse_args(arguments))
     namespace.pop("config")
-    return options_type(**namespace)
+    options = options_type(**namespace)
+    check_values(options)
+    return options
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:
@@ -310,23 +342,35 @@ def changed_options(options: Any) -> dict[str, Any]:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help.")
+        raise UserError(
+            f"{message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + '...'}; see --help."
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without references, by which a few lines can stand for more than fits into memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("it refers to another place in the file with *, which options have no use for")
+        return super().compose_node(parent, index)
 
 
 def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict[str, Any]:
     """The file's options, each checked and converted as if it had been given as a flag."""
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = _load_yaml(path)
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold lines of the form `key: value`.")
     names = [f.name for f in fields(cast(Any, options_type))]
-    unknown = [str(key) for key in content if key not in names]
+    unknown = [shortened(key) for key in content if key not in names]
     if unknown:
-        raise UserError(f"{path} has the unknown key {unknown[0]!r}; the keys are {', '.join(names)}.")
+        raise UserError(f"{path} has the unknown key {unknown[0]}; the keys are {', '.join(names)}.")
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, PLAIN) for one in values) or (isinstance(value, list) and None in value):
+            raise UserError(f"{path}: {key} must be one value or a list of values.")
     try:
         parsed = vars(parser.parse_args(flags_of(content)))
     except UserError as error:
@@ -334,16 +378,66 @@ def _read_yaml(path: Path, options_type: type, parser: HfArgumentParser) -> dict
     return {key: parsed[key] for key in content}
 
 
-def _require_folder_to_be(options: object, name: str) -> None:
+def _load_yaml(path: Path) -> Any:
+    try:
+        with path.expanduser().open("rb") as file:
+            text = file.read(LARGEST_CONFIG + 1)
+        if len(text) > LARGEST_CONFIG:
+            raise UserError(f"{path} has more than {LARGEST_CONFIG} bytes; give a file of options.")
+        return yaml.load(text.decode(), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deep; it must hold lines of the form `key: value`.") from error
+    # Values that look like a date or a number and are none end in errors of Python's own.
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:LONGEST_MESSAGE]}") from error
+
+
+def check_values(options: Any) -> None:
+    """What holds for every option of a name or type; ``~`` in a path becomes the home folder.
+
+    Raises:
+        UserError: for a number out of its range or none, an empty or overlong text, or a path that cannot be.
+    """
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is None or (value == f.default and not isinstance(value, float)):
+            continue
+        if f.name in PATHS or (f.name == "overlays" and isinstance(value, str)):
+            if reason := why_not_a_path(value):
+                raise UserError(f"{f.name} is {shortened(value)}, which {reason}.")
+            setattr(options, f.name, os.path.expanduser(value))
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                fits = bool(text.strip()) and len(text) <= LONGEST_TEXT and "\0" not in text
+                require(options, f.name, fits, f"must be a text of 1 to {LONGEST_TEXT} characters")
+        if f.name in LIMITS and not isinstance(value, str):
+            _check_number(options, f.name, value)
+
+
+def _check_number(options: object, name: str, value: float) -> None:
+    least, most = LIMITS[name]
+    if name in ABOVE_ZERO:
+        require(options, name, value > 0, "must be above 0")
+    require(options, name, not value < least, f"must be at least {least}" if least else "must not be negative")
+    require(options, name, value <= most, f"must be a number of at most {most}")
+
+
+def require_file_to_be(options: object, name: str) -> None:
+    """Raises a `UserError` if the option's file cannot be written."""
     path = getattr(options, name)
-    can_be = path is None or not (Path(path).is_file() or _is_below_a_file(Path(path)))
-    require(options, name, can_be, "must be a folder, or one that can be made")
+    reason = None if path is None else why_no_file(Path(path))
+    require(options, name, reason is None, f"must be a file, in a folder or one that can be made ({reason})")
 
 
-def _is_below_a_file(path: Path) -> bool:
-    return any(parent.is_file() for parent in path.parents)
+def require_folder_to_be(options: object, name: str) -> None:
+    """Raises a `UserError` if the option's folder can be neither made nor written."""
+    path = getattr(options, name)
+    reason = None if path is None else why_no_folder(Path(path))
+    require(options, name, reason is None, f"must be a folder, or one that can be made ({reason})")
 
 
 def require(options: object, name: str, holds: bool, rule: str) -> None:
     if not holds:
-        raise UserError(f"{name} is {getattr(options, name)!r}, but it {rule}.")
+        raise UserError(f"{name} is {shortened(getattr(options, name))}, but it {rule}.")

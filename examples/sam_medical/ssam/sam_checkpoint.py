@@ -87,11 +87,14 @@ def sam_model_from_checkpoint(path: Path) -> SamModel:
             f"{path} is not a segment-anything checkpoint: it has no image_encoder.pos_embed. "
             "Give sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one of their like."
         )
-    model = SamModel(architecture_of(weights))
-    converted = convert(weights)
-    converted["shared_image_embedding.positional_embedding"] = converted[
-        "prompt_encoder.shared_embedding.positional_embedding"
-    ]
+    try:
+        model = SamModel(architecture_of(weights))
+        converted = convert(weights)
+        converted["shared_image_embedding.positional_embedding"] = converted[GRID_ENCODING]
+    except Exception as error:  # what a missing tensor leads to depends on which it is
+        raise UserError(
+            f"{path} is incomplete, or of another architecture ({first_line(error)}); download it again."
+        ) from error
     load_exactly(model, converted, path)
     return model
 

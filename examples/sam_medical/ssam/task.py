@@ -19,15 +19,13 @@ from ssam.files import whole_folder, write_json
 from ssam.methods import METHODS
 from ssam.prompts import PROMPTS
 from ssam.state import read_json
-from ssam.values import is_whole
+from ssam.values import LARGEST_IMAGE, LONGEST_TEXT, is_whole, shortened
 
 TASK_FILE = "task.json"
 CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 PLAIN_WEIGHTS_FILE = "trained.safetensors"
 TEXT_FILE = "text_embeddings.safetensors"
-LARGEST_IMAGE = 8192
-LONGEST_TEXT = 4096
 ADVICE = "give the folder that train.py wrote, RUN/adapter"
 
 
@@ -193,12 +191,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of names",
     ),
 }
-
-
-def shortened(value: Any) -> str:
-    """A value as it can stand in a message."""
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _digest(path: Path) -> str:

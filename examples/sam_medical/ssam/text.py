@@ -33,12 +33,14 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
     """
     name = _minilm_folder() if text_encoder == MINILM else text_encoder
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if model_type in CLIP_TYPES:
-            return _encode_with_clip(name, labels)
+            return _finite(_encode_with_clip(name, labels), text_encoder)
         if model_type in SENTENCE_ENCODER_TYPES:
-            return _encode_with_sentence_encoder(name, labels)
-    except (OSError, ValueError, RuntimeError) as error:
+            return _finite(_encode_with_sentence_encoder(name, labels), text_encoder)
+    except UserError:
+        raise
+    except Exception as error:  # of whatever kind transformers has for what is in a folder
         raise UserError(
             f"there is no text encoder {text_encoder!r}, neither as a folder nor on the hub "
             f"({first_line(error)}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
@@ -59,8 +61,10 @@ def check_distinct(text_embeddings: Tensor, labels: Sequence[str], text_encoder:
 
 
 def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
-    tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
-    config = AutoConfig.from_pretrained(name)
+    tokens = AutoTokenizer.from_pretrained(name, trust_remote_code=False)(
+        list(labels), padding=True, return_tensors="pt"
+    )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type == "clip":
         # Of a whole CLIP, the width of the projection stands beside the text encoder's own configuration.
         projection_dim, config = config.projection_dim, config.text_config
@@ -71,11 +75,23 @@ def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
 
 def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
     """The mean over each label's tokens, of unit length: how sentence-transformers' models are read."""
-    tokens = AutoTokenizer.from_pretrained(name)(list(labels), padding=True, return_tensors="pt")
-    hidden = AutoModel.from_pretrained(name, dtype=torch.float32).eval()(**tokens).last_hidden_state
+    tokens = AutoTokenizer.from_pretrained(name, trust_remote_code=False)(
+        list(labels), padding=True, return_tensors="pt"
+    )
+    hidden = (
+        AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        .eval()(**tokens)
+        .last_hidden_state
+    )
     is_token = tokens["attention_mask"].unsqueeze(-1)
     mean = (hidden * is_token).sum(1) / is_token.sum(1)
     return torch.nn.functional.normalize(mean, dim=-1).float()
+
+
+def _finite(embeddings: Tensor, text_encoder: str) -> Tensor:
+    if not embeddings.isfinite().all():
+        raise UserError(f"{text_encoder} makes NaN or infinity of the labels; its weights are damaged.")
+    return embeddings
 
 
 def _minilm_folder() -> str:

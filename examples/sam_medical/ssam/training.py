@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ssam.adapter import save_adapter
 from ssam.backbones import checkpoint_blocks
-from ssam.checkpoint import Checkpoints, description_of_run, together
+from ssam.checkpoint import GENERATIONS, Checkpoints, description_of_run, together
 from ssam.data import SegmentationDataset
 from ssam.data.loading import evaluation_loader, thinned, training_loader
 from ssam.errors import UserError
@@ -35,7 +36,10 @@ from ssam.runtime import start_tracking
 from ssam.signals import Interruption
 from ssam.state import Training
 from ssam.task import Task
-from ssam.tuning import count_trainable, parameter_groups
+from ssam.tuning import count_trainable, kept_tensors, parameter_groups
+
+# For curves, overlays and metrics, in bytes.
+ROOM_BESIDE = 16 * 2**20
 
 
 def train(
@@ -135,6 +139,8 @@ def _train_steps(
         scaler=accelerator.scaler,
         labels=list(dataset.labels),
     )
+    if accelerator.is_main_process:
+        _check_space(output, training.model)
     checkpoints = Checkpoints(accelerator, output, run, training)
     progress = checkpoints.resume(options.steps) or Progress()
     if progress.step:
@@ -175,6 +181,19 @@ def _train_steps(
             if is_interrupted:
                 return progress, max(gather_object([interruption.number]))
     return progress, 0
+
+
+def _check_space(output: Path, model: nn.Module) -> None:
+    """Raises a `UserError` if the disk has no room for the adapters and states that are there at a time."""
+    adapter = sum(tensor.nbytes for tensor in kept_tensors(model).values())
+    moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    needed = 2 * adapter + (GENERATIONS + 1) * (adapter + moments) + ROOM_BESIDE
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise UserError(
+            f"{output} has {free / 2**20:.0f} MiB free, and the run needs {needed / 2**20:.0f} MiB; make room, or "
+            "give another --output-dir."
+        )
 
 
 def _write_history(accelerator: Accelerator, progress: Progress, output: Path) -> None:

@@ -6,6 +6,9 @@ import math
 from typing import Any
 
 LARGEST = 2**53
+LARGEST_IMAGE = 8192
+LONGEST_TEXT = 4096
+LONGEST_SHOWN = 200
 
 
 def is_whole(value: Any) -> bool:
@@ -16,3 +19,9 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; true and false are none."""
     return is_whole(value) or (type(value) is float and math.isfinite(value))
+
+
+def shortened(value: Any) -> str:
+    """A value as it can stand in a message of one line."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -17,7 +17,7 @@ from ssam.data.intensity import AUTO, settle
 from ssam.data.lits_png import LitsPng
 from ssam.data.own import OwnData
 from ssam.data.reading import Reading
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
     "brain-mri": BrainMri,
@@ -50,7 +50,10 @@ def open_dataset(
     dataset_type = DATASETS[name]
     if split not in dataset_type.splits:
         raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
-    dataset = dataset_type(Path(root) if root else None, split, reading)
+    try:
+        dataset = dataset_type(Path(root) if root else None, split, reading)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{root} cannot be read as {name} ({first_line(error)}).") from error
     if not len(dataset):
         raise UserError(f"{root} holds no images of the split {split} of {name}; add some.")
     unknown = [label for label in labels or [] if label not in dataset.labels]

@@ -14,7 +14,7 @@ import numpy as np
 from ssam.data.decoding import DICOM, VOLUMES, Scan, suffix_of
 from ssam.data.reading import Reading, read_slice, scan_of
 from ssam.data.sources import is_junk, plain, source_of_file
-from ssam.errors import UserError
+from ssam.errors import UserError, first_line
 from ssam.names import why_not_a_folder
 
 # Of ten patients or images in a row, where nobody has split them.
@@ -73,7 +73,12 @@ class SegmentationDataset(ABC):
         self.labels = tuple(labels)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.read(index)
+        try:
+            sample = self.read(index)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.root}: image {index} of the split {self.split} cannot be read ({first_line(error)})."
+            ) from error
         if self._kept is None:
             return sample
         return replace(sample, masks=sample.masks[self._kept])

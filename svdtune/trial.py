@@ -1,0 +1,51 @@
+"""Whether a subclass's module computes what its base class would: tried on a few rows, not guessed from its name."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Rows of these sizes show a clamp, an activation or a rescaling that rows of one size would not.
+SIZES = (0.01, 1.0, 100.0)
+# Sums of products in another order differ by that many roundings.
+ROUNDINGS = 64
+
+
+@torch.no_grad()
+def computes_the_same(module: nn.Module, base_type: type[nn.Module]) -> bool:
+    """Whether ``module``, called, gives what the forward of ``base_type`` gives with its weight and bias.
+
+    Modules whose weight has no values yet, or whose forward needs more than one tensor, do not.
+    """
+    weight = cast(Tensor, module.weight)
+    if weight.is_meta or not weight.is_floating_point():
+        return False
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    # It may draw random numbers, which must not move those of the user's training on.
+    with torch.random.fork_rng(devices):
+        try:
+            x = _rows(module, base_type, weight)
+            actual, expected = module(x), base_type.forward(module, x)
+        except Exception:  # whatever a stranger's forward raises
+            return False
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    difference, size = (actual - expected).double().abs(), expected.double().abs().amax(-1, keepdim=True)
+    return bool((difference <= ROUNDINGS * torch.finfo(expected.dtype).eps * size).all())
+
+
+def _rows(module: Any, base_type: type[nn.Module], weight: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if base_type is nn.Embedding:
+        return torch.randint(0, len(weight), (len(SIZES), 2), generator=generator).to(weight.device)
+    if base_type in (nn.Linear, Conv1D):
+        shape = [weight.shape[1 if base_type is nn.Linear else 0]]
+    else:
+        extents = zip(module.kernel_size, module.dilation, strict=True)
+        shape = [module.in_channels, *((kernel - 1) * dilation + 2 for kernel, dilation in extents)]
+    rows = torch.randn(len(SIZES), *shape, generator=generator)
+    sizes = torch.tensor(SIZES).view(-1, *[1] * len(shape))
+    return (rows * sizes).to(weight)
