@@ -133,12 +133,12 @@ def _folder_named(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
+    names = _names_beside(folder, root)
     image_folder, mask_folder = _folder_named(folder, IMAGE_FOLDERS), _folder_named(folder, MASK_FOLDERS)
     if image_folder is None:
         raise UserError(f"{folder} holds no folder images; add it, with the images.")
     if mask_folder is None:
         raise UserError(f"{folder} holds no folder masks; add it, with a mask for each, or a folder for each label.")
-    names = _names_beside(folder, root)
     images, unknown = find_sources(image_folder)
     part = Part((), [], folder=image_folder, notes=_notes_on(unknown))
     if names:
