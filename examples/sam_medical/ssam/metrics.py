@@ -139,7 +139,7 @@ def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:
 def write_scores(scores: Iterable[MaskScore], path: Path) -> None:
     """A CSV with a row for each image and label."""
     names = [field.name for field in fields(MaskScore)]
-    with replacing_file(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, "dice", "iou"])
         for score in scores:
@@ -153,7 +153,7 @@ def read_scores(path: Path) -> list[MaskScore]:
         UserError: if the file is missing or another one.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [_from_row(row) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         problem = "cannot be read" if isinstance(error, OSError) else "does not hold the scores of images"

@@ -89,7 +89,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def write_table(columns: Sequence[str], rows: Iterable[Sequence[str]], path: Path) -> None:
     """The table as CSV."""
-    with replacing_file(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
 

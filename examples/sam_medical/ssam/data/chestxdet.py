@@ -100,7 +100,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         UserError: if the file cannot be read, or a record has another label, or not a polygon for each finding.
     """
     try:
-        records = json.loads(path.read_text())
+        records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {path}: {error}; --data-root must be the folder that holds {HOLDING}."
