@@ -95,5 +95,9 @@ def _are_scores(of_labels: Any, labels: list[str]) -> bool:
         isinstance(of_labels, dict)
         and list(of_labels) == labels
         and all(isinstance(scores, dict) and scores.keys() == names for scores in of_labels.values())
-        and all(value is None or is_number(value) for scores in of_labels.values() for value in scores.values())
+        and all(_is_score(name, value) for scores in of_labels.values() for name, value in scores.items())
     )
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return type(value) is bool if name == "trained" else value is None or is_number(value)
