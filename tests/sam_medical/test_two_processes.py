@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import evaluate
@@ -111,3 +112,11 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"2 processes were launched.* set ACCELERATE_USE_CPU=true"):
         check_processes(accelerator)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED], ids=str)
+def test_a_model_that_is_shared_out_is_refused_before_training(kind, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(UserError, match=rf"the launcher uses {kind.value}, .* launch with --multi_gpu"):
+        check_processes(Accelerator())

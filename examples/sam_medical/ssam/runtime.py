@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from transformers.utils import logging
 
 from ssam.errors import UserError
@@ -57,11 +57,17 @@ def start_tracking(accelerator: Accelerator, options: TrainOptions) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Makes sure that the processes a launcher started work on one run, and not each on one of its own.
+    """Makes sure that the processes a launcher started work on one run, each with the whole model.
 
     Raises:
-        UserError: where they do not know of one another, as accelerate leaves them without a GPU.
+        UserError: where they do not know of one another, as accelerate leaves them without a GPU, or share the model
+            out between them, as with FSDP, whose states cannot be saved here.
     """
+    kind = accelerator.distributed_type
+    if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise UserError(
+            f"the launcher uses {kind.value}, with which a run's state cannot be saved here; launch with --multi_gpu."
+        )
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise UserError(
