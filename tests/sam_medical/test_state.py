@@ -204,7 +204,7 @@ def test_values_that_cannot_be_are_refused_also_where_the_digests_fit(name, outp
                 run.go(STEPS)
     # Numbers of which any is possible, and a score that may be missing.
     free = {"seconds", "dice", "dice_present", "dice_pooled", "iou", "hausdorff95", "surface_dice", "false_alarms"}
-    assert set(map(str, accepted)) <= free | {"images", "images_present", "0", "1", "2", "3"}
+    assert set(map(str, accepted)) <= free | {"images", "images_present", "trained", "0", "1", "2", "3"}
 
 
 @pytest.mark.parametrize("content", [b"NaN", b"[" * 100_000, b'{"progress": NaN}', b"\xff\xfe"])
