@@ -43,7 +43,8 @@ def check_values(model: nn.Module, adapter_name: str, config: SVDScaleShiftConfi
     shown = {_without_wrapper(key): key for key in [*names_of_values, *state]}
     values = {_without_wrapper(key) for key in names_of_values}
     others = {_without_wrapper(key) for key in names_in_file(model, adapter_name)} | _names_of_biases(given, config)
-    embeddings = {key for key in given.keys() - values - others if _is_below(key, _embedding_modules(model))}
+    modules = embedding_modules(model)
+    embeddings = {key for key in given.keys() - values - others if is_below(key, modules)}
     problems = {
         "are missing": values - given.keys(),
         "have no place in this model": given.keys() - values - others - embeddings,
@@ -59,9 +60,10 @@ def check_values(model: nn.Module, adapter_name: str, config: SVDScaleShiftConfi
                 f"The adapter {adapter_name!r} was not loaded: {len(names)} of its values {problem}, {listed}. Check "
                 "that base model, adapter_config.json and weights belong together."
             )
-    if embeddings:
+    changing = [key for key in sorted(embeddings & present.keys()) if not is_same(given[key], present[key])]
+    if changing:
         warnings.warn(
-            f"The adapter {adapter_name!r} brings embeddings of its own, {_listed(sorted(embeddings))}. They replace "
+            f"The adapter {adapter_name!r} brings embeddings of its own, {_listed(changing)}. They replace "
             "the base model's, also where the adapter is disabled.",
             stacklevel=2,
         )
@@ -101,7 +103,7 @@ def _names_of_biases(keys: Iterable[str], config: SVDScaleShiftConfig) -> set[st
     return {key for key in keys if ending and (key == ending or key.endswith(f".{ending}"))}
 
 
-def _embedding_modules(model: nn.Module) -> set[str]:
+def embedding_modules(model: nn.Module) -> set[str]:
     """The names of the modules that a transformer calls its input and output embeddings."""
     embeddings = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -112,8 +114,13 @@ def _embedding_modules(model: nn.Module) -> set[str]:
     return {_without_wrapper(f"{name}.").rstrip(".") for name in names}
 
 
-def _is_below(key: str, modules: set[str]) -> bool:
-    return key.removesuffix(".weight").removesuffix(".bias").removesuffix(".base_layer") in modules
+def is_below(key: str, modules: set[str]) -> bool:
+    """Whether a tensor's name is of one of the modules, or of what PEFT has put into its place."""
+    return any(key.startswith(f"{module}.") for module in modules)
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and not one.is_meta and torch.equal(one.to(other), other)
 
 
 def _is_of_another_kind(value: Tensor, present: dict[str, Tensor], key: str) -> bool:

@@ -44,7 +44,13 @@ A_DAY, A_MOMENT = 24 * 60 * 60, 10 * 60
 def cache_folder(option: str | None) -> Path | None:
     """The cache in the folder that ``svd_cache`` of a config names, or else the environment variable; else None."""
     name = option or os.environ.get(VARIABLE)
-    return Path(name).expanduser() / FOLDER if name else None
+    if not name:
+        return None
+    try:
+        return Path(name).expanduser() / FOLDER
+    except RuntimeError as error:  # of a user without a home
+        _warn(f"The cache {name} is not used: {error}")
+        return None
 
 
 def cached(
@@ -82,12 +88,14 @@ def cached(
 def _is_usable(folder: Path) -> bool:
     """Whether the folder is a cache of ours, once it is made and marked if there is nothing in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o775, parents=True, exist_ok=True)
         if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
             _warn(f"The cache {folder} is not used: every user may write to it. Run chmod o-w on it.")
             return False
         tag = folder / TAG_FILE
-        if not tag.is_file() and not any(folder.iterdir()):
+        # What systems leave behind is nobody's, and a cleaner may have taken the tag.
+        others = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if not tag.is_file() and all(FINISHED_NAME.fullmatch(name) for name in others):
             with contextlib.suppress(FileExistsError), tag.open("x") as file:  # another process may be first
                 file.write(TAG)
         if not tag.is_file():
@@ -111,13 +119,14 @@ def _hash_of_weight(request: tuple[object, ...], matrices: Tensor) -> str:
 
 
 def _read(path: Path, fits: Callable[[Mapping[str, Tensor]], bool]) -> dict[str, Tensor] | None:
-    """The tensors of a file, mapped into memory; None if it is not there, damaged or not what was asked for."""
+    """The tensors of a file; None if it is not there, damaged or not what was asked for."""
     if not _is_regular(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
             digest = (file.metadata() or {}).get("digest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            # Copies, because a mapped file that somebody truncates or overwrites later would take them along.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
     # RuntimeError is torch's, which opens the file a second time, when it may just have been removed.
     except (OSError, RuntimeError, SafetensorError):
         tensors, digest = {}, None

@@ -13,6 +13,8 @@ from svdtune.spectrum import FINGERPRINT_LENGTH
 NONLINEARITIES = ("relu", "none")
 BIASES = ("none", "all", "svd_scale_shift_only")
 SWITCHES = ("scale", "shift", "one_sided", "strict", "init_weights", "inference_mode")
+# So many names a config may have whatever the model.
+LEAST_NAMES = 100
 # Characters that make a name an expression. PEFT matches the names in `modules_to_save` as such.
 OF_EXPRESSIONS = set("*+?()[]{}|^$\\")
 
@@ -104,6 +106,28 @@ def _check_trained_whole(config: Any) -> None:
     named = not isinstance(tokens, Mapping) or all(isinstance(name, str) and name for name in tokens)
     can_be = named and all(isinstance(rows, (list, tuple)) and all(map(_is_index, rows)) for rows in lists)
     _require(can_be, "trainable_token_indices", config, "a list of rows from 0 up, a dictionary of lists, or None")
+
+
+def check_counts(config: Any, model: nn.Module) -> None:
+    """Makes sure that a config from a file names no more modules than there are; PEFT takes long over longer lists.
+
+    Raises:
+        ValueError: with the name of the field.
+    """
+    things = sum(1 for _ in model.modules()) + sum(1 for _ in model.parameters())
+    most = max(LEAST_NAMES, things)
+    fields = (
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "modules_to_save",
+        "layers_pattern",
+        "rank_pattern",
+    )
+    for name in fields:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str) and len(value) > most:
+            raise ValueError(f"`{name}` has {len(value)} entries, but this model has {things} modules and parameters.")
 
 
 def check_token_rows(config: Any, model: nn.Module) -> None:

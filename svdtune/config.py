@@ -12,7 +12,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from svdtune.choices import check_choices
-from svdtune.digests import DIGITS
+from svdtune.digests import DIGITS, Measurement
 from svdtune.files import (
     CHOICES,
     check_adapter_file,
@@ -20,6 +20,7 @@ from svdtune.files import (
     digests_to_save,
     finish_adapter_files,
     mention_plugin,
+    remove_link,
 )
 from svdtune.registration import peft_type
 
@@ -148,9 +149,9 @@ class SVDScaleShiftConfig(PeftConfig):
         self.trainable_token_indices = self.trainable_token_indices or None
         # Measured just before the adapter is saved. Not fields: the same config may be used for another model.
         self.measured_fingerprints: dict[str, list[float]] = {}
-        self.measured_digests: dict[str, str] = {}
-        # Of an adapter on the hub, whose weights are checked when they are there.
-        self.unchecked_digests: dict[str, str] = {}
+        self.measured: Measurement | None = None
+        # Of weights that are no file here, or not in safetensors. They are checked when they are loaded.
+        self.unchecked_digests: dict[str, str] = dict(self.digests or {}) if self.read_from_file else {}
 
     def _forget_what_is_of_this_machine(self) -> None:
         given = [name for name, default in OF_THIS_MACHINE.items() if getattr(self, name) is not default]
@@ -174,7 +175,7 @@ class SVDScaleShiftConfig(PeftConfig):
         """The config as it is saved."""
         values = super().to_dict()
         values["fingerprints"] = self.fingerprints or self.measured_fingerprints or None
-        values["digests"] = self.measured_digests or self.digests or None
+        values["digests"] = self.digests or None
         values["format_version"] = FORMAT_VERSION
         for name in OF_THIS_MACHINE:
             del values[name]
@@ -182,11 +183,15 @@ class SVDScaleShiftConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Writes ``adapter_config.json``, and says in a model card beside it that loading needs this package."""
-        folder = Path(save_directory)
-        if self.measured_digests:
-            self.measured_digests = digests_to_save(folder, self.measured_digests)
-        super().save_pretrained(save_directory, **kwargs)
-        self.measured_digests = {}  # the values may change before the config is saved again
+        folder, loaded = Path(save_directory), self.digests
+        if self.measured is not None:
+            self.digests = digests_to_save(folder, self.measured)
+        remove_link(folder / CHOICES)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            # The values may change before the config is saved again.
+            self.digests, self.measured = loaded, None
         mention_plugin(folder)
         finish_adapter_files(folder)
 
@@ -219,9 +224,8 @@ class SVDScaleShiftConfig(PeftConfig):
                 f"{folder / CHOICES} is damaged: one of {names} has changed since it was saved. Copy or download it "
                 "again."
             )
-        check_adapter_file(folder, digests)
-        if not folder.is_dir():
-            self.unchecked_digests = digests
+        if check_adapter_file(folder, digests):
+            self.unchecked_digests = {}
 
     def digest_of_choices(self) -> str:
         """Of the choices that change what the values mean, and not their names and shapes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,25 @@ def digest_of_each(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             add_tensor(whole, tensor)
             digests[name] = whole.hexdigest()[:DIGITS]
     return digests
+
+
+class Measurement:
+    """The digests of tensors at a time, and whether they have changed since.
+
+    Args:
+        tensors: What is about to be saved.
+        others: Digests of what goes with them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> None:
+        self.digests = {**digest_of_each(tensors), **others}
+        self.time = time.time()
+        tracked = [tensor for tensor in tensors.values() if isinstance(tensor, Tensor) and not tensor.is_inference()]
+        self._versions = [(tensor, tensor._version) for tensor in tracked]
+
+    def is_stale(self) -> bool:
+        """Whether a tensor was changed in place, as an optimizer does."""
+        return any(tensor._version != version for tensor, version in self._versions)
 
 
 def digests_of_file(path: Path) -> dict[str, str]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
-from svdtune.digests import digests_of_file
+from svdtune.digests import Measurement, digests_of_file
 
 # Where the digests of a config hold the one of its own choices. Names of tensors have no such form.
 CHOICES = CONFIG_NAME
 MODEL_CARD = "README.md"
+# A file system's clock may be that much behind.
+CLOCK_SECONDS = 0.02
 HOW_TO_LOAD = """
 ## How to load this adapter
 
@@ -49,19 +51,22 @@ def check_config_file(folder: Path) -> None:
         raise ValueError(f"{path} is no JSON object. Copy or download it again.")
 
 
-def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> None:
+def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> bool:
     """Makes sure that the weights in a local adapter folder are whole, and those that were saved.
 
     Args:
         folder: The folder; nothing is checked where it holds no safetensors file.
         digests: Those of the config beside it; empty for adapters from before there were any.
 
+    Returns:
+        Whether there was a file to check.
+
     Raises:
         ValueError: with the name of the file, and of the tensor if it is one that is missing or has changed.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not os.path.lexists(path):
-        return
+        return False
     if not path.is_file():
         raise ValueError(f"{path} is no file. Copy or download it again.")
     try:
@@ -72,6 +77,7 @@ def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> None:
         if name != CHOICES and name not in found:
             raise ValueError(f"{path} is damaged: `{name}` is missing. Copy or download it again.")
     check_digests(str(path), found, digests)
+    return True
 
 
 def check_digests(source: str, found: Mapping[str, str], digests: Mapping[str, str]) -> None:
@@ -83,22 +89,22 @@ def check_digests(source: str, found: Mapping[str, str], digests: Mapping[str, s
     for name in found.keys() & digests.keys():
         if found[name] != digests[name]:
             raise ValueError(
-                f"{source} is damaged: `{name}` has changed since it was saved. Copy or download it again."
+                f"{source} is damaged: `{name}` has changed since it was saved. Copy or download it again; if it was "
+                "changed on purpose, remove `digests` from adapter_config.json."
             )
 
 
-def digests_to_save(folder: Path, measured: dict[str, str]) -> dict[str, str]:
-    """The digests of what has just been saved, those of tensors that PEFT has added to it included.
+def digests_to_save(folder: Path, measured: Measurement) -> dict[str, str]:
+    """The digests of the weights that the config is saved with.
 
-    PEFT saves embeddings with an adapter when the vocabulary was resized. Its `PeftModel` writes the weights before
-    the config, so they are in the folder; transformers writes them after it.
+    PEFT's `PeftModel` writes them before the config, and may add embeddings to them; so may somebody by hand, in
+    another dtype. Then the file is what counts. transformers writes them after the config, perhaps over older ones.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     with contextlib.suppress(SafetensorError, OSError, RuntimeError, ValueError):
-        in_file = digests_of_file(path)
-        if measured.items() - {CHOICES: measured.get(CHOICES)}.items() <= in_file.items():
-            return {**in_file, **measured}
-    return measured
+        if path.stat().st_mtime > measured.time - CLOCK_SECONDS:
+            return {**digests_of_file(path), CHOICES: measured.digests[CHOICES]}
+    return {} if measured.is_stale() else measured.digests
 
 
 def mention_plugin(folder: Path) -> None:
@@ -115,6 +121,12 @@ def mention_plugin(folder: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_link(path: Path) -> None:
+    """Removes a link, so that what is written next does not go where it leads."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def finish_adapter_files(folder: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from svdtune.adapter_state import check_fingerprints
+from svdtune.adapter_state import check_fingerprints, embedding_modules, is_below, is_same
 from svdtune.config import GIVE_MEANING, SVDScaleShiftConfig
+from svdtune.digests import PEFT_PREFIX
 from svdtune.layer import SVDScaleShiftLayer
 
 
@@ -49,16 +50,35 @@ def hotswap_adapter(
     config.strict = loaded.strict
     check_fingerprints(model, adapter_name, config)
     state_dict = load_peft_weights(model_name_or_path, device="cpu", **download_options)
+    _drop_known_embeddings(model_name_or_path, state_dict, model)
     _check_same_shapes(
         model_name_or_path,
         state_dict,
         get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False),
     )
     loaded.unchecked_digests = config.unchecked_digests
-    set_peft_model_state_dict(model, state_dict, adapter_name)
+    set_peft_model_state_dict(model, state_dict, adapter_name)  # which clears them, whatever comes of it
     # What is trained further here is made for the weights here, as after loading it.
     loaded.fingerprints = config.fingerprints if loaded.inference_mode else None
     loaded.digests = config.digests if loaded.inference_mode else None
+
+
+def _drop_known_embeddings(source: str, state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Takes out the embeddings that PEFT saves by itself where some are tuned; those of the model are these already.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    modules, present = embedding_modules(model), model.state_dict()
+    for key in list(state_dict):
+        name = key.removeprefix(PEFT_PREFIX)
+        if is_below(name, modules) and name.endswith("base_layer.weight"):
+            known = present.get(key, present.get(name))
+            if known is None or not is_same(state_dict[key], known):
+                raise ValueError(
+                    f"{source} cannot take the loaded adapter's place: it brings other embeddings, {name}."
+                )
+            del state_dict[key]
 
 
 def _check_same_shapes(source: str, given: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

@@ -25,9 +25,9 @@ from svdtune.arithmetic import (
     config_of_combination,
     count_shared_modules_to_save,
 )
-from svdtune.choices import check_token_rows, expressions_of
+from svdtune.choices import check_counts, check_token_rows, expressions_of
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.digests import digest_of_each
+from svdtune.digests import Measurement, digest_of_each
 from svdtune.expressions import check_time
 from svdtune.files import CHOICES, check_digests
 from svdtune.layer import SVDScaleShiftLayer
@@ -61,6 +61,8 @@ class SVDScaleShiftModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_time(expressions_of(config), (name for name, _ in model.named_modules()))
         check_token_rows(config, model)
+        if config.read_from_file:
+            check_counts(config, model)
         with self._replacing_everywhere(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]  # PEFT may have put another one in its place
@@ -138,7 +140,8 @@ class SVDScaleShiftModel(BaseTuner):
         whole = tensors_trained_whole(model, adapter_name, kwargs["state_dict"])
         in_file = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in saved.items()}
         config.measured_fingerprints = fingerprints_of(model, adapter_name)
-        config.measured_digests = {**digest_of_each({**in_file, **whole}), CHOICES: config.digest_of_choices()}
+        config.measured = Measurement({**in_file, **whole}, {CHOICES: config.digest_of_choices()})
+        config.unchecked_digests = {}  # what is in the model now counts
         return saved
 
     @classmethod
@@ -146,11 +149,11 @@ class SVDScaleShiftModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Names an adapter's values as the model does, and makes sure that there is one for each."""
-        if config.unchecked_digests:
+        digests, config.unchecked_digests = config.unchecked_digests, {}
+        if digests:
             in_file = names_in_file(model, adapter_name)
             given = {in_file.get(key, key): tensor for key, tensor in state_dict.items()}
-            check_digests(f"The adapter {adapter_name!r}", digest_of_each(given), config.unchecked_digests)
-            config.unchecked_digests = {}
+            check_digests(f"The adapter {adapter_name!r}", digest_of_each(given), digests)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_values(model, adapter_name, config, remapped)
         return remapped

@@ -274,3 +274,30 @@ def test_several_processes_write_read_and_remove_at_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_file_in_use_may_be_truncated_or_overwritten(tmp_path):
+    Spectrum(MATRICES[torch.float32], cache=tmp_path)
+    again = Spectrum(MATRICES[torch.float32], cache=tmp_path)
+    (path,) = files(tmp_path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(again, Spectrum(MATRICES[torch.float32]))
+    with path.open("r+b") as file:
+        file.truncate(10)
+    assert same(again, Spectrum(MATRICES[torch.float32]))
+
+
+def test_a_cache_works_without_a_umask_a_tag_or_a_home(tmp_path, monkeypatch, decompositions):
+    before = os.umask(0)
+    try:
+        Spectrum(MATRICES[torch.float32], cache=tmp_path / "cache")
+        (tmp_path / "cache" / cache.TAG_FILE).unlink()
+        (tmp_path / "cache" / ".DS_Store").write_bytes(b"a system's")
+        Spectrum(MATRICES[torch.float32], cache=tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert len(decompositions) == 1
+    monkeypatch.setenv("SVDTUNE_CACHE", "~nobody-of-that-name/cache")
+    with pytest.warns(UserWarning, match="is not used: Could not determine home directory"):
+        assert cache.cache_folder(None) is None

@@ -1,5 +1,6 @@
 """An adapter of a stranger does no harm, and one that is not what was saved is noticed."""
 
+import copy
 import json
 import os
 import time
@@ -7,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModel, PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from svdtune import SVDScaleShiftConfig, hotswap_adapter
 from svdtune.kinds import Linear
@@ -129,6 +130,36 @@ def test_saving_goes_through_no_link_and_leaves_readable_files(saved, tmp_path):
     assert not list(saved.glob("*.tmp")) + list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target_modules": [f"a.b{number}" for number in range(5000)]}, "`target_modules` has 5000 entries"),
+        ({"modules_to_save": [f"m{number}" for number in range(3000)]}, "`modules_to_save` has 3000 entries"),
+        ({"rank_pattern": {f"m{number}": 3 for number in range(50_000)}}, "`rank_pattern` has 50000 entries"),
+        ({"target_modules": "(?i)" + "[\x00-\U0010ffff]" * 5000}, "takes more than 1 seconds"),
+        ({"target_modules": "(" * 2000}, "`target_modules` is no regular expression"),
+    ],
+    ids=["targets", "modules to save", "ranks", "long to compile", "long and wrong"],
+)
+def test_a_config_that_would_keep_the_process_busy_is_refused(changes, message, saved, monkeypatch):
+    monkeypatch.setattr("svdtune.expressions.SECONDS", 1)
+    edit_config(saved, digests=..., **changes)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(bert(), str(saved))
+    assert time.monotonic() - started < 20
+
+
+def test_a_config_is_not_written_through_a_link(saved, tmp_path, train):
+    target = tmp_path / "target.txt"
+    target.write_text("precious")
+    (saved / CONFIG).unlink()
+    (saved / CONFIG).symlink_to(target)
+    train(get_peft_model(bert(), SVDScaleShiftConfig(target_modules=["query"]))).save_pretrained(saved)
+    assert target.read_text() == "precious" and not (saved / CONFIG).is_symlink()
+    PeftModel.from_pretrained(bert(), str(saved), strict=True)
+
+
 # Values that are not the adapter's
 
 
@@ -163,7 +194,9 @@ def test_values_of_another_kind_are_refused_by_name(change, message, saved):
 
 
 def test_embeddings_that_peft_saves_are_taken_with_a_warning(tmp_path, train):
-    model = train(get_peft_model(bert(), SVDScaleShiftConfig(target_modules=["query"])))
+    base = bert()
+    base.embeddings.word_embeddings.weight.data[3] += 1
+    model = train(get_peft_model(base, SVDScaleShiftConfig(target_modules=["query"])))
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.warns(UserWarning, match="brings embeddings of its own, .*word_embeddings.weight"):
         again = PeftModel.from_pretrained(bert(), str(tmp_path))
@@ -173,6 +206,45 @@ def test_embeddings_that_peft_saves_are_taken_with_a_warning(tmp_path, train):
     save_file(edit, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"`embeddings\.word_embeddings\.weight` has changed since it was saved"):
         PeftModel.from_pretrained(bert(), str(tmp_path))
+
+
+def llama(folder):
+    torch.manual_seed(5)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=30, initializer_range=0.2))
+    if not folder.exists():
+        model.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(34, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [3, 31]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_of_a_resized_vocabulary_is_loaded_and_swapped(choices, tmp_path, train):
+    torch.manual_seed(7)
+    base = llama(tmp_path / "base")
+    model = get_peft_model(copy.deepcopy(base), SVDScaleShiftConfig(**{"target_modules": ["q_proj"], **choices}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model.eval()(TOKENS).logits
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter"))
+    torch.testing.assert_close(again.eval()(TOKENS).logits, expected)
+    if "target_modules" in choices:
+        hotswap_adapter(again, str(tmp_path / "adapter"))
+        torch.testing.assert_close(again(TOKENS).logits, expected)
 
 
 # Digests
@@ -217,6 +289,40 @@ def test_an_adapter_of_the_hub_is_checked_when_its_weights_are_there(saved, monk
     monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda **options: True)
     with pytest.raises(ValueError, match=r"adapter 'default' is damaged: `pooler\.dense\.weight` has changed"):
         PeftModel.from_pretrained(bert(), "somebody/adapter")
+
+
+def flipped(saved):
+    tensors = load_file(saved / WEIGHTS)
+    tensors[SCALE].view(torch.int32).view(-1)[3] ^= 1
+    return tensors
+
+
+def test_weights_are_checked_whoever_reads_the_config(saved):
+    """PEFT's own class reads a config without asking ours."""
+    save_file(flipped(saved), saved / WEIGHTS)
+    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_scale` has changed"):
+        PeftModel.from_pretrained(bert(), str(saved), config=PeftConfig.from_pretrained(str(saved)))
+
+
+def test_weights_that_are_not_safetensors_are_checked_too(saved):
+    torch.save(flipped(saved), saved / "adapter_model.bin")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_scale` has changed"):
+        PeftModel.from_pretrained(bert(), str(saved))
+
+
+@pytest.mark.parametrize("order", ["weights first", "config first, then trained further"])
+def test_weights_and_config_that_are_written_by_hand_fit_each_other(order, tmp_path, train):
+    model = train(get_peft_model(bert(), SVDScaleShiftConfig(target_modules=["query"])))
+    state = get_peft_model_state_dict(model)
+    if order == "weights first":
+        save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / WEIGHTS)
+        model.peft_config["default"].save_pretrained(str(tmp_path))
+    else:
+        train(model)
+        model.peft_config["default"].save_pretrained(str(tmp_path))
+        save_file(get_peft_model_state_dict(model), tmp_path / WEIGHTS)
+    PeftModel.from_pretrained(bert(), str(tmp_path))
 
 
 def test_what_is_trained_or_set_after_loading_is_saved_with_its_own_digests(saved, tmp_path, train):
