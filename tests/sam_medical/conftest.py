@@ -1,4 +1,5 @@
 import csv
+import locale
 import re
 import sys
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ from transformers import (
 ROOT = Path(__file__).parents[2]
 # Official packages that the tests compare with, apart from the environment: `make` installs them.
 REFERENCES = ROOT / ".venv" / "references"
+
+
+@pytest.fixture(autouse=True)
+def the_same_locale_for_every_test():
+    """Some library that reads scans leaves the C locale behind, in which Python opens text files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session")

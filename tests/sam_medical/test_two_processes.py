@@ -51,7 +51,7 @@ def launch(tmp_path):
 
     def launch(log, **options):
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", *LAUNCHER, train.__file__, *flags(options)],
                 env=environment,
@@ -73,19 +73,19 @@ def test_two_processes_train_what_one_does_also_after_ctrl_c(launch, run, option
     two = {**options, "batch_size": 1, "output_dir": tmp_path / "two"}
     log = tmp_path / "log"
     launched = launch(log, **two)
-    while not re.search(rf"[1-9]/{STEPS} \[", log.read_text()):  # a first step of both
-        assert launched.poll() is None, log.read_text()
+    while not re.search(rf"[1-9]/{STEPS} \[", log.read_text(encoding="utf-8")):  # a first step of both
+        assert launched.poll() is None, log.read_text(encoding="utf-8")
         time.sleep(0.02)
     os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C does in a terminal
     launched.wait()
-    stopped = re.search(r"Stopped after step (\d+)", log.read_text())
-    assert stopped and int(stopped[1]) < STEPS, log.read_text()
+    stopped = re.search(r"Stopped after step (\d+)", log.read_text(encoding="utf-8"))
+    assert stopped and int(stopped[1]) < STEPS, log.read_text(encoding="utf-8")
 
     resumed = launch(log, **two, resume=True)
     run(train, **options, batch_size=2, output_dir=tmp_path / "one")
-    assert resumed.wait() == 0, log.read_text()
-    assert f"Going on after step {stopped[1]} of {STEPS}." in log.read_text()
-    assert log.read_text().count("glands  0.") == 1
+    assert resumed.wait() == 0, log.read_text(encoding="utf-8")
+    assert f"Going on after step {stopped[1]} of {STEPS}." in log.read_text(encoding="utf-8")
+    assert log.read_text(encoding="utf-8").count("glands  0.") == 1
 
     files = [{str(path.relative_to(tmp_path / run)) for path in (tmp_path / run).rglob("*")} for run in ("one", "two")]
     assert {"adapter/adapter_model.safetensors", "metrics.json", "curves.png", "overlays/testA_1.png"} <= files[0]

@@ -160,7 +160,7 @@ class Bench:
             return None
         log_path = folder / LOG_FILE
         refuse_link(log_path)
-        with log_path.open("w") as log:
+        with log_path.open("w", encoding="utf-8") as log:
             # In a session of its own, so that Ctrl-C comes to it once, from here. What it reads, and never gets
             # anything from, tells it by its end that this process has ended.
             process = subprocess.Popen(
