@@ -389,6 +389,14 @@ class TestMasks:
         with pytest.raises(UserError, match=r"0\.png holds #010203, which belong to no label; known are #fa3253"):
             self.one(tmp_path / "b", pixels, labels=labels)
 
+    def test_a_colour_that_masks_do_not_have_is_an_error(self, tmp_path):
+        for index in range(10):
+            save(tmp_path / f"images/{index}.png", np.zeros((48, 64), np.uint8))
+            save(tmp_path / f"masks/{index}.png", disk().astype(np.uint8))
+        say(tmp_path, {"cyst": "#fa3253"})
+        with pytest.raises(UserError, match=r"\.png holds nothing brighter than #010101, which is no soft edge"):
+            samples_of(open_own(tmp_path))
+
     def test_an_unknown_colour_beside_one_label_is_an_error(self, tmp_path):
         pixels = np.zeros((48, 64, 3), np.uint8)
         pixels[disk()] = (250, 50, 83)
@@ -557,6 +565,16 @@ class TestLayouts:
         self.coco(tmp_path / "c", {"segmentation": [], "bbox": [14, 10, 21, 21]})
         with pytest.raises(UserError, match="gives annotation 0 a box and no outline"):
             open_own(tmp_path / "c")
+
+    @pytest.mark.parametrize("image_id", [999, "44"])
+    def test_a_coco_annotation_of_no_image_is_an_error(self, tmp_path, image_id):
+        self.coco(tmp_path, {"segmentation": [[14, 10, 35, 10, 35, 31, 14, 31]]})
+        path = tmp_path / "annotations" / "i.json"
+        content = json.loads(path.read_text())
+        content["annotations"][4]["image_id"] = image_id
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"i\.json has 1 annotations of an image with the id {image_id!r}"):
+            open_own(tmp_path)
 
     @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
     def test_coco_files_of_splits(self, tmp_path, image_of):

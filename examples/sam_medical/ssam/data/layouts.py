@@ -306,6 +306,13 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
         for annotation in content["annotations"]:
             _check_coco(annotation, places, file)
             of_image[annotation["image_id"]].append(annotation)
+        strangers = of_image.keys() - {image["id"] for image in content["images"]}
+        if strangers:
+            stranger = min(strangers, key=str)
+            raise UserError(
+                f"{file} has {len(of_image[stranger])} annotations of an image with the id {stranger!r}, which it does "
+                "not list; add the image, or take them out."
+            )
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
             path = by_path.get(name) or _of_split(by_name.get(name.rsplit("/", 1)[-1]), split, folder)

@@ -131,6 +131,12 @@ def _check_between(layer: Layer, found: np.ndarray, known: np.ndarray, colours: 
     if aside.max() > (90 if layer.lossy else 24):
         number = int(found[aside.argmax()])
         raise UserError(f"{layer.path} holds #{number:06x}, which belongs to no label; known are {_list(colours)}.")
+    if found.any() and along.max() < 0.5:
+        number = int(found[along.argmax()])
+        raise UserError(
+            f"{layer.path} holds nothing brighter than #{number:06x}, which is no soft edge of {_list(colours)}; give "
+            "the colours or values that the masks have."
+        )
 
 
 def _list(colours: Mapping[str, Colour]) -> str:
