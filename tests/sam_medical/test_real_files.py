@@ -139,9 +139,11 @@ class TestIntensities:
         assert grey[disk()].mean() - grey[~disk()].mean() > 0.5
 
     @pytest.mark.parametrize("store", [lambda hu: hu.astype(np.int16).view(np.uint16), lambda hu: hu + 32768])
-    def test_hounsfield_units_in_png_are_found_where_they_were_put(self, tmp_path, store):
-        hu = np.full((40, 40), -1000) + np.random.default_rng(0).integers(-8, 9, (40, 40))
-        hu[5:35, 5:35] += 1060
+    @pytest.mark.parametrize("noise", [8, 0], ids=["noisy air", "air of one value"])
+    def test_hounsfield_units_in_png_are_found_where_they_were_put(self, tmp_path, store, noise):
+        random = np.random.default_rng(0)
+        hu = np.full((40, 40), -1000) + random.integers(-noise, noise + 1, (40, 40))
+        hu[5:35, 5:35] = 60 + random.integers(-8, 9, (30, 30))
         save(tmp_path / "ct.png", store(hu).astype(np.uint16))
         grey = _read(tmp_path / "ct.png", None)
         np.testing.assert_allclose(grey, ((hu + 160) / 400).clip(0, 1), atol=1e-5)

@@ -101,14 +101,19 @@ def as_hounsfield(scan: Scan) -> Scan:
     if scan.affine is not None or values.dtype != np.uint16 or scan.in_colour:
         return scan
     high = values > WRAPPED_FROM
-    is_wrapped = high.mean() > 0.01 and not ((values > HIGHEST_CT) & ~high).any() and np.ptp(values[high]) > 10
-    if is_wrapped and not high.all():
+    is_apart = high.mean() > 0.01 and not high.all() and not ((values > HIGHEST_CT) & ~high).any()
+    if is_apart and _are_wrapped(values[high]):
         return replace(scan, values=values.view(np.int16), remark="with its negative values, which were wrapped")
     low, top = int(values.min()), int(values.max())
     if OFFSET - 3100 <= low <= OFFSET - 900 and top <= OFFSET + HIGHEST_CT and (values > OFFSET).any():
         shifted = (values.astype(np.int32) - OFFSET).astype(np.int16)
         return replace(scan, values=shifted, remark=f"less the {OFFSET} that were added")
     return scan
+
+
+def _are_wrapped(values: np.ndarray) -> bool:
+    """Whether they spread as tissue does, or are the one value of air or padding; a marker's white is neither."""
+    return bool(np.ptp(values) > 10 or -3100 <= int(values.view(np.int16)[0]) <= -900)
 
 
 def suffix_of(name: str) -> str:

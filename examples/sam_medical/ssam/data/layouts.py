@@ -310,8 +310,8 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
         if strangers:
             stranger = min(strangers, key=str)
             raise UserError(
-                f"{file} has {len(of_image[stranger])} annotations of an image with the id {stranger!r}, which it does "
-                "not list; add the image, or take them out."
+                f"{file} has {len(of_image[stranger])} annotations of an image with the id {stranger!r}, which it "
+                "does not list; add the image, or take them out."
             )
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
