@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from ssam.data import Reading, open_dataset, settle_reading
 from ssam.data.decoding import decode
@@ -327,6 +328,12 @@ class TestMasks:
         masks = self.one(tmp_path, soft)
         assert masks.sum() == (np.asarray(soft) > 127).sum() and abs(masks.sum() / shape.sum() - 1) < 0.04
 
+    @pytest.mark.parametrize("radius, white, blur", [(10, 200, 1.0), (18, 250, 2.0), (6, 254, 1.5), (4, 180, 0.8)])
+    def test_blurred_masks_are_cut_at_half_whatever_their_white(self, tmp_path, radius, white, blur):
+        soft = gaussian_filter(disk(radius=radius).astype(float), blur) * white
+        soft = soft.round().astype(np.uint8)
+        np.testing.assert_array_equal(self.one(tmp_path, soft)[0], soft > soft.max() / 2)
+
     @pytest.mark.parametrize("white", [1, 2, 128, 255])
     def test_two_values_are_a_label_whatever_they_are(self, tmp_path, white):
         np.testing.assert_array_equal(self.one(tmp_path, disk() * np.uint8(white))[0], disk())
@@ -339,7 +346,8 @@ class TestMasks:
         things = np.zeros((48, 64), np.uint16)
         for number in range(30):
             things[3 * (number // 6) :, 10 * (number % 6) :][:2, :8] = number + 1
-        assert self.one(tmp_path, things).sum() == (things > 0).sum()
+        assert self.one(tmp_path / "few", things).sum() == (things > 0).sum()
+        assert self.one(tmp_path / "up to 210", 7 * things).sum() == (things > 0).sum()
 
     @pytest.mark.parametrize("colour", [255, 0])
     def test_the_alpha_channel_holds_the_shape_where_colours_do_not(self, tmp_path, colour):

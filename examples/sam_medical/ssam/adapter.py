@@ -22,13 +22,13 @@ from ssam.methods import METHODS
 from ssam.model import PromptedSam
 from ssam.networks import build_network
 from ssam.prompts import BoxPrompts, ImagePrompts, LearnedPrompts, NoPrompts, PointPrompts, Prompting, TextPrompts
-from ssam.state import read_json
 from ssam.task import (
     ADVICE,
     CONFIG_FILE,
     PLAIN_WEIGHTS_FILE,
     TEXT_FILE,
     Task,
+    read_object,
     read_task,
     weights_file_of,
     write_task,
@@ -210,12 +210,7 @@ def _check_config(path: Path, expected: PeftConfig) -> None:
 
     It is compared and not tried out, because an expression of a stranger can take longer to match than anybody waits.
     """
-    try:
-        config = read_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON; {ADVICE}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no configuration; {ADVICE}.")
+    config = read_object(path)
     wanted = expected.to_dict()
     for key in sorted({"peft_type", "target_modules"} - config.keys()):
         raise UserError(f"{path} lacks the key {key!r}; {ADVICE}.")

@@ -66,8 +66,27 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+class WhatTheModelSees:
+    """Options that say how files are read and brought to the model's square."""
+
+    intensity: str
+    plane: str
+    resample_masks: bool
+    image_size: int
+    fit: str
+    tile: int | None
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.plane, self.resample_masks)
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.fit, self.tile)
+
+
 @dataclass
-class TrainOptions:
+class TrainOptions(WhatTheModelSees):
     """Train S-SAM, or another method, on a folder of images and masks."""
 
     method: str = option("s-sam", f"How to train: {', '.join(METHODS)}.")
@@ -163,17 +182,9 @@ class TrainOptions:
     def peak_learning_rate(self) -> float:
         return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
 
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.intensity, self.plane, self.resample_masks)
-
-    @property
-    def framing(self) -> Framing:
-        return Framing(self.image_size, self.fit, self.tile)
-
 
 @dataclass
-class InspectOptions:
+class InspectOptions(WhatTheModelSees):
     """Show what is in a data folder before anyone trains on it, and what the model would be given."""
 
     dataset: str = option("own", "The dataset, as of train.py.")
@@ -197,14 +208,6 @@ class InspectOptions:
         require_folder_to_be(self, "dump")
         for name in ("sheet", "json"):
             require_file_to_be(self, name)
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.intensity, self.plane, self.resample_masks)
-
-    @property
-    def framing(self) -> Framing:
-        return Framing(self.image_size, self.fit, self.tile)
 
 
 def check_reading(options: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def read_task(folder: Path) -> Task:
     path = folder / TASK_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {TASK_FILE}; {ADVICE}.")
-    content = _read(path)
+    content = read_object(path)
     has_digests = "files" in content or "digest" in content
     if has_digests and content.pop("digest", None) != _digest_of(content):
         raise UserError(f"{path} is damaged: it is not what was written; fetch the whole folder again.")
@@ -122,13 +122,18 @@ def read_task(folder: Path) -> Task:
     return task
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of an adapter's folder that holds a JSON object.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
     try:
         content = read_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON; {ADVICE}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must be JSON with the keys {', '.join(field.name for field in fields(Task))}.")
+        raise UserError(f"{path} must be JSON with keys and values; {ADVICE}.")
     return content
 
 

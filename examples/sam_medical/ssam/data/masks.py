@@ -213,8 +213,10 @@ def _has_soft_edges(values: np.ndarray, distinct: np.ndarray) -> bool:
         return True
     if high < LEAST_WHITE:
         return False
-    near_top = (values >= 0.9 * high).sum()
-    return bool(near_top >= 0.5 * (values > 0).sum() and len(distinct) > 3)
+    # A blurred shape may have no flat top, but then each value on its slope lies between a lower and a higher one.
+    slope = (values > 0.1 * high) & (values < 0.9 * high)
+    is_between = (ndimage.minimum_filter(values, 3) < values) & (ndimage.maximum_filter(values, 3) > values)
+    return len(distinct) > 3 and bool((slope & is_between).sum() >= EDGE_SHARE * slope.sum() > 0)
 
 
 def _whole(high: float) -> float:
