@@ -1,6 +1,7 @@
 import csv
 import locale
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,14 @@ from transformers import (
 ROOT = Path(__file__).parents[2]
 # Official packages that the tests compare with, apart from the environment: `make` installs them.
 REFERENCES = ROOT / ".venv" / "references"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_that_are_not_ignored():
+    """Whoever runs the tests with nohup or in the background has some ignored, and so would all that they start."""
+    for number, default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 @pytest.fixture(autouse=True)
