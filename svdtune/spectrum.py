@@ -312,21 +312,26 @@ def _responses(
 ) -> Tensor:
     """gᵀ (s u vᵀ) h of each triple u, s, v that is held, with fixed Gaussian g and h: (g * rank,), float64 on the CPU.
 
-    Where one side is held alone, the other follows from the matrix: gᵀ (s u) is gᵀ W v, and (s vᵀ) h is uᵀ W h.
+    Where one side is held alone, the other follows from the matrix: gᵀ (s u) is gᵀ W v, and (s vᵀ) h is uᵀ W h. Sums
+    are in float32 or better, which is exact enough for a fingerprint and reads the vectors once.
     """
     random = np.random.RandomState(2)
-    g = torch.from_numpy(random.standard_normal(matrices.shape[1]))
-    h = torch.from_numpy(random.standard_normal(matrices.shape[2]))
-    left, right = left.detach().double().cpu(), right.detach().double().cpu()
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    g = torch.from_numpy(random.standard_normal(matrices.shape[1])).to(dtype)
+    h = torch.from_numpy(random.standard_normal(matrices.shape[2])).to(dtype)
+    of_left = (left.detach().to("cpu", dtype).mT @ g).double()
+    of_right = (right.detach().to("cpu", dtype) @ h).double()
     values = singular_values.cpu().view(len(left), -1)
     tail = min(left.shape[2], right.shape[1])
-    both = values[:, values.shape[1] - tail :] * (left[..., left.shape[2] - tail :].mT @ g)
-    both = both * (right[:, right.shape[1] - tail :] @ h)
     divided = values.shape[1] - tail
+    both = values[:, divided:] * of_left[:, of_left.shape[1] - tail :] * of_right[:, of_right.shape[1] - tail :]
+    if not divided:
+        return both.flatten()
+    weight = matrices.detach().to("cpu", dtype)
     if sides == "right":
-        image = g @ matrices.detach().double().cpu()
-        alone = (right[:, :divided] @ image[..., None])[..., 0] * (right[:, :divided] @ h)
+        of_images = (right[:, :divided].detach().to("cpu", dtype) @ (g @ weight)[..., None])[..., 0]
+        alone = of_images.double() * of_right[:, :divided]
     else:
-        image = matrices.detach().double().cpu() @ h
-        alone = (left[..., :divided].mT @ g) * (left[..., :divided].mT @ image[..., None])[..., 0]
+        of_images = (left[..., :divided].detach().to("cpu", dtype).mT @ (weight @ h)[..., None])[..., 0]
+        alone = of_images.double() * of_left[:, :divided]
     return torch.cat([alone, both], dim=1).flatten()
