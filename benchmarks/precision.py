@@ -50,8 +50,8 @@ def errors(weight: Tensor, options: Options) -> dict[str, float]:
 
     def layer(**choices: bool) -> Linear:
         made = Linear(linear, "default", SVDScaleShiftConfig(**choices))
-        made.svd_scale_shift_scale["default"].copy_(scale)
-        made.svd_scale_shift_shift["default"].copy_(shift)
+        made.svd_scale_shift_a["default"].weight.copy_(scale - 1)
+        made.svd_scale_shift_b["default"].weight.copy_(shift)
         return made
 
     both = layer()

@@ -86,9 +86,9 @@ def tensors_trained_whole(model: nn.Module, adapter_name: str, state: dict[str, 
 
 
 def _names_of_values(model: nn.Module, adapter_name: str) -> set[str]:
-    """What A and B of an adapter are called in the model's state dict, in every tuned layer."""
+    """What a and B of an adapter are called in the model's state dict, in every tuned layer."""
     return {
-        f"{layer_name}.{attribute}.{adapter_name}".lstrip(".")
+        f"{layer_name}.{attribute}.{adapter_name}.weight".lstrip(".")
         for layer_name, layer in model.named_modules()
         if isinstance(layer, SVDScaleShiftLayer)
         for attribute in layer.adapter_layer_names

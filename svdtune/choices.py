@@ -15,6 +15,8 @@ BIASES = ("none", "all", "svd_scale_shift_only")
 SWITCHES = ("scale", "shift", "one_sided", "strict", "init_weights", "inference_mode")
 # So many names a config may have whatever the model.
 LEAST_NAMES = 100
+# Compiling one takes up to a millisecond. A sum of adapters has one a layer.
+MOST_EXPRESSIONS = 10_000
 # Characters that make a name an expression. PEFT matches the names in `modules_to_save` as such.
 OF_EXPRESSIONS = set("*+?()[]{}|^$\\")
 
@@ -83,6 +85,8 @@ def _check_ranks(config: Any) -> None:
     pattern = config.rank_pattern
     is_pattern = isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)
     _require(is_pattern, "rank_pattern", config, "a dictionary of regular expressions to ranks")
+    if len(pattern) > MOST_EXPRESSIONS:
+        raise ValueError(f"`rank_pattern` has {len(pattern)} entries; it can have up to {MOST_EXPRESSIONS}.")
     check_expressions(expressions_of(config))
     for name, rank in {
         "rank": config.rank,

@@ -22,12 +22,11 @@ from svdtune.files import (
     mention_plugin,
     remove_link,
 )
+from svdtune.learned import FORMAT_VERSION
 from svdtune.registration import peft_type
 
 # What belongs to a machine and its user, and is taken from no file. A downloaded adapter must not name folders.
 OF_THIS_MACHINE: dict[str, Any] = {"svd_cache": None, "strict": False}
-# Of adapter_config.json. Version 2 added `digests`.
-FORMAT_VERSION = 2
 # The choices that change what saved values mean, and neither their names nor their shapes.
 GIVE_MEANING = ("nonlinearity", "scale", "shift", "bias", "trainable_token_indices")
 
@@ -36,7 +35,7 @@ GIVE_MEANING = ("nonlinearity", "scale", "shift", "bias", "trainable_token_indic
 class SVDScaleShiftConfig(PeftConfig):
     """Configuration of an adapter that scales and shifts the singular values of the layers it targets.
 
-    W' = U diag(relu(A * S + B)) Vᵀ with W = U diag(S) Vᵀ; only A (from one) and B (from zero) learn, which makes
+    W' = U diag(relu(A * S + B)) Vᵀ with W = U diag(S) Vᵀ; only A = 1 + a and B learn, a and B from zero, which makes
     2 * min(in, out) values a layer. From "S-SAM: SVD-based Fine-Tuning of Segment Anything Model for Medical Image
     Segmentation", equation 2. Its relatives are settings of the same config:
 

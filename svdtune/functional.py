@@ -3,11 +3,12 @@
 A frozen weight W (out, in) is taken apart once and only its singular values are transformed:
 
     W  = U diag(S) Vᵀ
-    W' = U diag(relu(A * S + B)) Vᵀ                 S-SAM, equation 2; A = 1, B = 0 at the start
+    W' = U diag(relu((1 + a) * S + B)) Vᵀ           S-SAM, equation 2, whose A is 1 + a; a = 0, B = 0 at the start
 
-    x (N, in) ──▶ Vᵀ (r, in) ──▶ * relu(A * S + B) (r) ──▶ U (out, r) ──▶ + bias ──▶ y (N, out)
+    x (N, in) ──▶ Vᵀ (r, in) ──▶ * relu((1 + a) * S + B) (r) ──▶ U (out, r) ──▶ + bias ──▶ y (N, out)
 
-With delta = relu(A * S + B) - S there are four forms of the product, which hold other vectors and cost other
+What is learned differs from the identity: weight decay pulls towards the frozen weight, and no digits go into the one.
+With delta = relu((1 + a) * S + B) - S there are four forms of the product, which hold other vectors and cost other
 multiply-adds. Forward and backward for N rows, where the frozen layer takes 2 N out in:
 
     form        product                          multiply-adds a step               holds        taken where
@@ -32,16 +33,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdtune.float16 import Divided, Multiplied, ScaledProjections, divisor_of_images, divisor_of_rows
 
-def transform_singular_values(
-    singular_values: Tensor, scale: Tensor | float = 1.0, shift: Tensor | float = 0.0, nonlinearity: str = "relu"
+# Projections of rows, and by what the rows were divided before, if they were (see `divisor_of_rows`).
+Coordinates = tuple[Tensor, Tensor | None]
+
+
+def change_of_singular_values(
+    singular_values: Tensor, a: Tensor | float = 0.0, b: Tensor | float = 0.0, nonlinearity: str = "relu"
 ) -> Tensor:
-    """relu(A * S + B), the paper's transformation; every tensor and the result have shape (..., r).
+    """relu((1 + a) * S + b) - S, what the paper's transformation adds; every tensor and the result are (..., r).
 
-    With ``nonlinearity="none"`` it is A * S + B, which may turn a singular value negative.
+    With ``nonlinearity="none"`` it is a * S + b, which may turn a singular value negative. Exactly zero where a and b
+    are zero.
     """
-    transformed = scale * singular_values + shift
-    return F.relu(transformed) if nonlinearity == "relu" else transformed
+    change = a * singular_values + b
+    if nonlinearity == "none":
+        return change
+    return torch.where(change <= -singular_values, -singular_values, change)
 
 
 def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,12 +67,14 @@ def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: 
     return _scaled_linear(x, left, values, right, bias)[0]
 
 
-def _scaled_linear(
-    x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The product, and x V."""
-    coordinates = F.linear(x, right.to(x.dtype))
-    return _scale_and_multiply(coordinates, values, left, bias), coordinates
+def _scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The product, and x V; in float16 x V / divisor, and the divisor of each row (see `divisor_of_rows`)."""
+    divisor = divisor_of_rows(x, values)
+    coordinates = F.linear(x if divisor is None else x / divisor, right.to(x.dtype))
+    if divisor is None:
+        return _scale_and_multiply(coordinates, values, left, bias), coordinates
+    y = _scale_and_multiply(coordinates, values, left) * divisor
+    return y if bias is None else y + bias.to(y.dtype), coordinates, divisor
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -73,30 +84,37 @@ class _ScaledLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         # x V is an output, so that whoever differentiates twice comes by it to x.
         return _scaled_linear(x, left, values, right, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, left, values, right, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(left, values, right, output[1])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(left, values, right, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, of_coordinates: Tensor | None) -> tuple[Tensor | None, ...]:
-        left, values, right, coordinates = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient: Tensor | None, of_coordinates: Tensor | None, *of_divisor: None
+    ) -> tuple[Tensor | None, ...]:
+        left, values, right, coordinates, *divisors = ctx.saved_tensors
         of_x = of_values = of_bias = None
         if gradient is not None:
-            of_products = gradient @ left.to(gradient.dtype)
+            divisor = divisor_of_rows(gradient, values)
+            of_products = (gradient if divisor is None else gradient / divisor) @ left.to(gradient.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = _scale_and_multiply(of_products, values, right.mT)
+                of_x = _times(_scale_and_multiply(of_products, values, right.mT), divisor)
             if ctx.needs_input_grad[2]:
+                if divisor is not None:
+                    of_products = of_products.float() * divisor * divisors[0]
                 of_values = _sum_of_products(of_products, coordinates, values.dtype)
             if ctx.needs_input_grad[4]:
                 of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         if of_coordinates is not None and ctx.needs_input_grad[0]:
             through = of_coordinates @ right.to(of_coordinates.dtype)
+            through = through / divisors[0] if divisors else through
             of_x = through if of_x is None else of_x + through
         return of_x, None, of_values, None, of_bias
 
@@ -155,14 +173,31 @@ def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backwa
     return in_features == rank and 3 * rebuilt < 2 * factored
 
 
-def corrected(x: Tensor, coordinates: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def coordinates_of(x: Tensor, vectors: Tensor, *values: Tensor, bias: Tensor | None = None) -> Coordinates:
+    """x vectorsᵀ + bias, to be multiplied by each of ``values`` in `corrected`.
+
+    Shapes: x (..., n), vectors (r, n), bias (r,); values (r,), or (B, r) with a row for each sample of x (B, ..., n).
+    """
+    x = _as_autocast_would(x)
+    divisor = divisor_of_rows(x, *values)
+    if divisor is None:
+        return F.linear(x, vectors, bias), None
+    coordinates = F.linear(Divided.apply(x, divisor), vectors)
+    return coordinates if bias is None else coordinates + bias / divisor, divisor
+
+
+def corrected(x: Tensor, coordinates: Coordinates, values: Tensor, vectors: Tensor) -> Tensor:
     """x + (coordinates * values) vectors: what the one-sided form does to its input or output, and the delta form to
     its output.
 
     Shapes: x (..., n), coordinates (..., r), vectors (r, n); values (r,), or (B, r) with a row for each sample.
     Returns (..., n) in the dtype of x, and exactly x where values are zero.
     """
-    products = _scaled(coordinates, values)
+    projections, divisor = coordinates
+    if divisor is not None:
+        products = ScaledProjections.apply(projections, _for_each_row(values, projections.ndim), divisor)
+        return x + Multiplied.apply(products @ vectors.to(products.dtype), divisor).to(x.dtype)
+    products = _scaled(projections, values)
     if products.dtype != x.dtype:
         return x + (products @ vectors).to(x.dtype)
     rows = products.reshape(-1, products.shape[-1])
@@ -188,10 +223,18 @@ def scaled_convolution(
     groups, rank = right.shape[:2]
     dimensions = len(convolution.kernel_size)
     kernels = right.reshape(groups * rank, -1, *convolution.kernel_size).to(x.dtype)
-    coordinates = convolution._conv_forward(x, kernels, None)  # type: ignore[arg-type]
-    scaled = (coordinates * values.reshape(*values.shape, *[1] * dimensions)).to(coordinates.dtype)
+    x = _as_autocast_would(x)
+    divisor = divisor_of_images(x, values, kernels[0].numel(), dimensions)
+    images = x if divisor is None else Divided.apply(x, divisor)
+    coordinates = convolution._conv_forward(images, kernels, None)  # type: ignore[arg-type]
+    of_channels = values.reshape(*values.shape, *[1] * dimensions)
     mix = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
-    return mix(scaled, left.reshape(-1, rank, *[1] * dimensions).to(x.dtype), bias, groups=groups)
+    channels = left.reshape(-1, rank, *[1] * dimensions).to(x.dtype)
+    if divisor is None:
+        return mix((coordinates * of_channels).to(coordinates.dtype), channels, bias, groups=groups)
+    y = mix(ScaledProjections.apply(coordinates, of_channels, divisor), channels, groups=groups)
+    y = Multiplied.apply(y, divisor)
+    return y if bias is None else y + bias.reshape(-1, *[1] * dimensions).to(y.dtype)
 
 
 def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:
@@ -201,12 +244,19 @@ def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | N
     Returns the shape of y, which may come without B.
     """
     groups = len(left)
-    pixels = y.flatten(-dimensions).unflatten(-2, (groups, -1))
-    coordinates = left.mT @ pixels
+    images = _as_autocast_would(y)
+    divisor = divisor_of_images(images, values, y.shape[-dimensions - 1], dimensions)
+    if divisor is not None:
+        images, divisor = Divided.apply(images, divisor), divisor.flatten(-dimensions).unsqueeze(-1)
+    coordinates = left.mT @ images.flatten(-dimensions).unflatten(-2, (groups, -1))
     if bias is not None:
-        coordinates = coordinates - left.mT @ bias.reshape(groups, -1, 1).to(left.dtype)
-    scaled = (coordinates * values.unflatten(-1, (groups, -1, 1))).to(coordinates.dtype)
-    return y + (left @ scaled).reshape(y.shape).to(y.dtype)
+        of_bias = left.mT @ bias.reshape(groups, -1, 1).to(left.dtype)
+        coordinates = coordinates - (of_bias if divisor is None else of_bias / divisor)
+    of_groups = values.unflatten(-1, (groups, -1, 1))
+    if divisor is None:
+        return y + (left @ (coordinates * of_groups).to(coordinates.dtype)).reshape(y.shape).to(y.dtype)
+    products = left @ ScaledProjections.apply(coordinates, of_groups, divisor)
+    return y + Multiplied.apply(products, divisor).reshape(y.shape).to(y.dtype)
 
 
 def weight_change(left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
@@ -219,11 +269,18 @@ def weight_change(left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
     return (left.to(dtype) * delta) @ right.to(dtype)
 
 
+def _times(x: Tensor, divisor: Tensor | None) -> Tensor:
+    return x if divisor is None else x * divisor
+
+
 def _scaled(coordinates: Tensor, values: Tensor) -> Tensor:
     """``coordinates`` (B, ..., r) times ``values`` (r,) or (B, r), multiplied in the values' precision."""
-    if values.ndim > 1:
-        values = values.reshape(len(values), *[1] * (coordinates.ndim - 2), -1)
-    return (coordinates * values).to(coordinates.dtype)
+    return (coordinates * _for_each_row(values, coordinates.ndim)).to(coordinates.dtype)
+
+
+def _for_each_row(values: Tensor, dimensions: int) -> Tensor:
+    """``values`` (r,) or (B, r), to be multiplied with a tensor (B, ..., r) of that many dimensions."""
+    return values if values.ndim == 1 else values.reshape(len(values), *[1] * (dimensions - 2), -1)
 
 
 def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

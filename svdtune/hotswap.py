@@ -11,6 +11,7 @@ from svdtune.adapter_state import check_fingerprints, embedding_modules, is_belo
 from svdtune.config import GIVE_MEANING, SVDScaleShiftConfig
 from svdtune.digests import PEFT_PREFIX
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.learned import in_present_format
 
 
 def hotswap_adapter(
@@ -53,7 +54,7 @@ def hotswap_adapter(
     _drop_known_embeddings(model_name_or_path, state_dict, model)
     _check_same_shapes(
         model_name_or_path,
-        state_dict,
+        in_present_format(state_dict),
         get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False),
     )
     loaded.unchecked_digests = config.unchecked_digests

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.functional import (
+    coordinates_of,
     corrected,
     corrected_channels,
     rebuilding_costs_less,
@@ -45,14 +46,17 @@ class Linear(SVDScaleShiftLayer):
         if spectrum.sides == "left":
             y = self.base_layer(x, *args, **kwargs)
             of_bias = None if self._bias is None else -(self._bias.to(left.dtype) @ left)
-            result = corrected(y, F.linear(self._like_factors(y), left.mT, of_bias), relative, left.mT)
+            coordinates = coordinates_of(self._like_factors(y), left.mT, relative, bias=of_bias)
+            result = corrected(y, coordinates, relative, left.mT)
             if spectrum.tail:
-                of_x = F.linear(self._like_factors(x), right)
+                of_x = coordinates_of(self._like_factors(x), right, of_tail)
                 result = corrected(result, of_x, of_tail, left[:, divided:].mT)
             return result
-        coordinates = F.linear(self._like_factors(x), right)
+        coordinates = coordinates_of(self._like_factors(x), right, relative, of_tail)
         y = self.base_layer(corrected(x, coordinates, relative, right) if divided else x, *args, **kwargs)
-        return corrected(y, coordinates[..., divided:], of_tail, left.mT) if spectrum.tail else y
+        if not spectrum.tail:
+            return y
+        return corrected(y, (coordinates[0][..., divided:], coordinates[1]), of_tail, left.mT)
 
     @property
     def _bias(self) -> Tensor | None:
@@ -60,7 +64,7 @@ class Linear(SVDScaleShiftLayer):
 
     def _weight_at_hand(self) -> Tensor | None:
         """The base weight as a matrix, unless FSDP or DeepSpeed have it in pieces."""
-        weight = self.weight
+        weight = self._parameter()
         in_pieces = hasattr(weight, "full_tensor") or weight.numel() != self.out_features * self.in_features
         return None if in_pieces or weight.dtype != self.spectrum.dtype else self.to_matrices(weight.detach())[0]
 
@@ -95,7 +99,7 @@ class Convolution(SVDScaleShiftLayer):
         return weight.reshape(groups, weight.shape[0] // groups, -1)
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        return matrices.reshape(self.weight.shape)
+        return matrices.reshape(self._parameter().shape)
 
     def smaller_side(self, matrices: Tensor) -> Sides:
         # On the input's side the vectors are patches, and there is no image that would change them all.
@@ -142,12 +146,13 @@ class Embedding(SVDScaleShiftLayer):
         left, right, divided = spectrum.left[0], spectrum.right[0], spectrum.rank - spectrum.tail
         y = self.base_layer(x, *args, **kwargs)
         if divided:
-            y = corrected(y, F.linear(self._like_factors(y), right), change * spectrum.reciprocals, right)
+            relative = change * spectrum.reciprocals
+            y = corrected(y, coordinates_of(self._like_factors(y), right, relative), relative, right)
         if spectrum.tail:
             coordinates = F.embedding(x, left)
             scale = self._get_embed_scale()  # some models' embeddings multiply what they look up
             coordinates = coordinates if scale is None else coordinates * scale.to(coordinates.dtype)
-            y = corrected(y, coordinates, spectrum.of_tail(change), right[divided:])
+            y = corrected(y, (coordinates, None), spectrum.of_tail(change), right[divided:])
         return y
 
 
@@ -185,7 +190,7 @@ class ParamWrapper(SVDScaleShiftLayer):
         return weight if weight.ndim == 3 else weight.unflatten(0, (self.groups, -1))
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        return matrices.reshape(self.weight.shape)
+        return matrices.reshape(self._parameter().shape)
 
     def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
         # W' is built from both in one product.
@@ -193,12 +198,15 @@ class ParamWrapper(SVDScaleShiftLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as the module holds it."""
-        # FSDP holds it as a plain tensor, so it is looked up as an attribute and not as a parameter.
-        return operator.attrgetter(self.parameter_name)(self.get_base_layer())
+        """What the module calls its weight; W' if that is the parameter."""
+        return super().weight if self.parameter_name == "weight" else cast(Tensor, self.base_layer.weight)
 
     def get_base_weight(self) -> Tensor:
-        return self.weight.data
+        return self._parameter().data
+
+    def _parameter(self) -> nn.Parameter:
+        # FSDP holds it as a plain tensor, so it is looked up as an attribute and not as a parameter.
+        return operator.attrgetter(self.parameter_name)(self.get_base_layer())
 
     def _set_parameter(self, parameter: nn.Parameter) -> None:
         path, _, name = self.parameter_name.rpartition(".")
@@ -213,9 +221,7 @@ class ParamWrapper(SVDScaleShiftLayer):
         change = None if untuned else self._change_of_active_adapters()
         if change is None:
             return self.base_layer(*args, **kwargs)
-        weight = self.weight
-        difference = self.from_matrices(self.spectrum.change_of(self.to_matrices(weight), change))
-        with self._parameter_reads(weight.to(difference.dtype).add(difference).to(weight.dtype)):
+        with self._parameter_reads(self.changed_weight(change)):
             return self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
@@ -256,13 +262,13 @@ class ParamWrapper(SVDScaleShiftLayer):
         return f"{prefix}base_layer.{path}"
 
     def __getattr__(self, name: str) -> Any:
-        """Other modules may ask the wrapped one for its attributes."""
+        """Other modules may ask the wrapped one for its attributes, and for the parameter, which is W' then."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name in ("base_layer", "parameter_name"):
                 raise
-            return getattr(self.base_layer, name)
+            return super().weight if name == self.parameter_name else getattr(self.base_layer, name)
 
 
 LAYER_KINDS: dict[type[nn.Module], type[SVDScaleShiftLayer]] = {

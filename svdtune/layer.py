@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import warnings
 from typing import Any, cast
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from svdtune.cache import cache_folder
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.functional import transform_singular_values
+from svdtune.functional import change_of_singular_values
+from svdtune.learned import LearnedVector, stacked
+from svdtune.offloading import brought_back
+from svdtune.reading import weight_to_read
 from svdtune.spectrum import Sides, Spectrum
 
 BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter changes
@@ -38,8 +42,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: The layer as it was.
         spectrum: U, S, Vᵀ of its weight, decomposed once and shared by all adapters.
-        svd_scale_shift_scale: A of each adapter that learns it, (g * rank,).
-        svd_scale_shift_shift: B of each adapter that learns it, (g * rank,), in units of the singular values.
+        svd_scale_shift_a: a = A - 1 of each adapter that learns it, (g * rank,), from zero.
+        svd_scale_shift_b: B of each adapter that learns it, (g * rank,), from zero, in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
 
@@ -47,7 +51,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
-    adapter_layer_names = ("svd_scale_shift_scale", "svd_scale_shift_shift")
+    adapter_layer_names = ("svd_scale_shift_a", "svd_scale_shift_b")
     other_param_names = ("rank", "nonlinearity")
 
     def __init__(
@@ -61,11 +65,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        self.svd_scale_shift_scale = nn.ParameterDict()
-        self.svd_scale_shift_shift = nn.ParameterDict()
+        self.svd_scale_shift_a = nn.ModuleDict()
+        self.svd_scale_shift_b = nn.ModuleDict()
         self.rank: dict[str, int] = {}
         self.nonlinearity: dict[str, str] = {}
         self.merged_adapters: list[str] = []
+        self.threads_of_mixed_batches: set[int] = set()
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._before_merge: Any = None
@@ -87,14 +92,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self.spectrum = Spectrum(matrices, rank, sides, cache)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
-        values = self.spectrum.leading(self.spectrum.singular_values, rank)
+        count = len(self.spectrum.leading(self.spectrum.singular_values, rank))
         noise = 0.0 if config.init_weights else 1.0
         if config.scale:
-            scale = torch.ones(len(values)) + 0.1 * noise * torch.randn(len(values))
-            self.svd_scale_shift_scale[adapter_name] = nn.Parameter(scale)
+            self.svd_scale_shift_a[adapter_name] = LearnedVector(0.1 * noise * torch.randn(count))
         if config.shift:
-            shift = 0.01 * noise * torch.randn(len(values))
-            self.svd_scale_shift_shift[adapter_name] = nn.Parameter(shift)
+            self.svd_scale_shift_b[adapter_name] = LearnedVector(0.01 * noise * torch.randn(count))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -135,6 +138,16 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """The same without the base layer, where both sides of all its singular values are held."""
         return self.changed_product(x, change)
 
+    @property
+    def svd_scale_shift_scale(self) -> dict[str, Tensor]:
+        """A of each adapter that learns it, as in the paper, to be read: 1 + a."""
+        return {name: 1 + vector() for name, vector in self.svd_scale_shift_a.items()}
+
+    @property
+    def svd_scale_shift_shift(self) -> dict[str, Tensor]:
+        """B of each adapter that learns it, as in the paper, to be read."""
+        return {name: vector() for name, vector in self.svd_scale_shift_b.items()}
+
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer is tuned by the adapter of that name."""
         return adapter_name in self.rank
@@ -147,14 +160,46 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """The changes of several adapters that have rank and non-linearity in common, (adapters, g * rank)."""
         first = adapter_names[0]
         rank, nonlinearity = self.rank[first], self.nonlinearity[first]
-        learned = self.svd_scale_shift_scale if first in self.svd_scale_shift_scale else self.svd_scale_shift_shift
-        if self.spectrum.device != learned[first].device:
-            self.spectrum.to(learned[first].device)  # FSDP moves parameters and buffers only
+        vectors = self.svd_scale_shift_a if first in self.svd_scale_shift_a else self.svd_scale_shift_b
+        device = vectors[first]().device
+        if self.spectrum.device != device:
+            self.spectrum.to(device)  # FSDP and accelerate move parameters and buffers only
         singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
-        scale = _stacked(self.svd_scale_shift_scale, adapter_names, torch.ones_like(singular_values))
-        shift = _stacked(self.svd_scale_shift_shift, adapter_names, torch.zeros_like(singular_values))
-        transformed = transform_singular_values(singular_values, scale, shift, nonlinearity)
-        return self.spectrum.padded(transformed - singular_values, rank)
+        untouched = torch.zeros_like(singular_values)
+        a = stacked(self.svd_scale_shift_a, adapter_names, untouched)
+        b = stacked(self.svd_scale_shift_b, adapter_names, untouched)
+        return self.spectrum.padded(change_of_singular_values(singular_values, a, b, nonlinearity), rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with now: W' with its gradient while adapters act on it, and else the base weight.
+
+        For modules that read it instead of calling the layer, so that they are tuned, and merged alike. It is computed
+        when it is used (see `reading`), anew at every read.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self._parameter()
+        if self.threads_of_mixed_batches and threading.get_ident() in self.threads_of_mixed_batches:
+            return weight_to_read(self.spectrum.singular_values, _refuse_to_read, self._like_weight())
+        change = self._change_of_active_adapters()
+        if change is None:
+            return self._parameter()
+        return weight_to_read(change, self.changed_weight, self._like_weight())
+
+    def changed_weight(self, change: Tensor) -> Tensor:
+        """W + U diag(change) Vᵀ in the shape and dtype of the base weight W; ``change`` is (g * rank,)."""
+        with brought_back(self.base_layer):
+            weight = self._unmerged_weight()
+            difference = self.from_matrices(self.spectrum.change_of(self.to_matrices(weight), change))
+            return weight.to(difference.dtype).add(difference).to(weight.dtype)
+
+    def _like_weight(self) -> Tensor:
+        """A tensor with the shape, dtype and device of the weight; the values may be packed where it is quantised."""
+        if self.quantization_backend is None:
+            return self._parameter()
+        return self.spectrum.left.new_empty(()).expand(self.out_features, self.in_features)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
@@ -279,7 +324,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def _parameter(self) -> nn.Parameter:
         """The base weight as the module holds it, merged or not."""
-        return cast(nn.Parameter, self.weight)
+        return cast(nn.Parameter, self.get_base_layer().weight)
 
     def _set_parameter(self, parameter: nn.Parameter) -> None:
         self.get_base_layer().weight = parameter
@@ -295,16 +340,16 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Casts and moves A and B of an adapter in place; on the meta device they wait for a checkpoint."""
-        for parameters in (self.svd_scale_shift_scale, self.svd_scale_shift_shift):
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device, dtype)
+        for vectors in (self.svd_scale_shift_a, self.svd_scale_shift_b):
+            if adapter_name in vectors and not vectors[adapter_name].weight.is_meta:
+                parameter = vectors[adapter_name].weight
+                parameter.data = parameter.data.to(device, dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and casts everything, but A and B to nothing below float32: near one, bfloat16 has steps of 0.004 to
-        0.008, so that training would leave A where it is. Factors that have lost digits are computed anew when the
-        weight is widened again."""
+        """Moves and casts everything, but what is learned to nothing below float32, which would round it. Factors that
+        have lost digits are computed anew when the weight is widened again."""
         before = self.spectrum.dtype
-        learned = [parameter for name in self.adapter_layer_names for parameter in getattr(self, name).values()]
+        learned = [*self.svd_scale_shift_a.parameters(), *self.svd_scale_shift_b.parameters()]
         values = [parameter.data for parameter in learned]
         super()._apply(fn, recurse)
         for parameter, value in zip(learned, values, strict=True):
@@ -322,9 +367,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = self._weight_key(prefix)
         loaded = state_dict.get(key)
-        if loaded is None or self.quantization_backend is not None or loaded.shape != self.weight.shape:
+        if loaded is None or self.quantization_backend is not None or loaded.shape != self._parameter().shape:
             return
-        known, loaded = _whole(self.weight.detach()), _whole(loaded.detach())
+        known, loaded = _whole(self._parameter().detach()), _whole(loaded.detach())
         if not known.is_meta:
             loaded = loaded.to(known)
             if torch.equal(loaded, known):
@@ -343,7 +388,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def _checked_matrices(self) -> Tensor:
         parameters = list(self.get_base_layer().parameters())
-        with gather_params_ctx(parameters):
+        with gather_params_ctx(parameters), brought_back(self.base_layer):
             weight = self._unmerged_weight()
             if weight.is_meta:
                 raise ValueError("its weight is on the meta device. Load the base model before adding the adapter.")
@@ -365,10 +410,8 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") and not tensor.is_meta else tensor
 
 
-def _stacked(parameters: nn.ParameterDict, adapter_names: list[str], default: Tensor) -> Tensor:
-    """One row a name, in the dtype of ``default`` or a wider one; ``default`` where an adapter does not learn them."""
-    # All at once: looking up hundreds of names in a ParameterDict takes as long as a product.
-    learned = dict(parameters.named_parameters(remove_duplicate=False)) if len(adapter_names) > 1 else parameters
-    rows = [learned.get(name, default) for name in adapter_names]
-    stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
-    return stacked.to(torch.promote_types(stacked.dtype, default.dtype))
+def _refuse_to_read(_: Tensor) -> Tensor:
+    raise ValueError(
+        "A module reads the weight of a tuned layer instead of calling it, which cannot be in a mixed batch: each "
+        "sample would need a weight of its own. Run the samples of each adapter by themselves, after `set_adapter`."
+    )

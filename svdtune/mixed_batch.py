@@ -44,9 +44,14 @@ def adapter_of_each_sample(model: nn.Module, adapter_names: list[str], num_beams
         for module in model.modules()
         if isinstance(module, (SVDScaleShiftLayer, AuxiliaryTrainingWrapper))
     ]
+    thread = threading.get_ident()
+    for layer in layers:
+        layer.threads_of_mixed_batches.add(thread)
     try:
         yield
     finally:
+        for layer in layers:
+            layer.threads_of_mixed_batches.discard(thread)
         for handle in handles:
             handle.remove()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -31,7 +31,9 @@ from svdtune.digests import Measurement, digest_of_each
 from svdtune.expressions import check_time
 from svdtune.files import CHOICES, check_digests
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.learned import LearnedVector, in_present_format
 from svdtune.mixed_batch import adapter_of_each_sample
+from svdtune.places import Place, places_of_each, twins_of_each
 from svdtune.targets import DEFAULT_TARGET_MODULES
 from svdtune.wrapping import new_layer, update_existing_layer
 
@@ -53,8 +55,9 @@ class SVDScaleShiftModel(BaseTuner):
     tuner_layer_cls = SVDScaleShiftLayer
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT takes regular expressions too
     peft_config: dict[str, SVDScaleShiftConfig]  # type: ignore[assignment]
-    # Of modules with several parents, by the module's id: the parents, and its name in each.
-    _places: dict[int, list[tuple[nn.Module, str]]] = {}
+    # While modules are replaced; see `places`.
+    _places: dict[int, list[Place]] = {}
+    _twins: dict[int, list[tuple[str, Place]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
@@ -95,10 +98,14 @@ class SVDScaleShiftModel(BaseTuner):
         }
         if not update_existing_layer(target, parameter_name, **options):
             quantization_options = get_quantization_kwargs(self.model)
-            new_module = new_layer(target, parent, current_key, parameter_name, quantization_options, **options)
+            new_module = new_layer(target, current_key, parameter_name, quantization_options, **options)
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
+            for name, (twin_parent, twin_name) in self._twins.get(id(target), ()):
+                matched = self._check_target_module_exists(config, name)
+                if matched is None or matched is False:  # neither a target of its own, nor excluded by name
+                    setattr(twin_parent, twin_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with self._replacing_everywhere(self.model):
@@ -106,23 +113,17 @@ class SVDScaleShiftModel(BaseTuner):
 
     @contextmanager
     def _replacing_everywhere(self, model: nn.Module) -> Iterator[None]:
-        """While open, a module with several parents is replaced under each: PEFT sees it under the first alone."""
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in model.modules():
-            for name, child in parent._modules.items():
-                places.setdefault(id(child), []).append((parent, name))
-        self._places = {key: found for key, found in places.items() if len(found) > 1}
+        """While open, a module with several parents, or with twins, is replaced under each."""
+        self._places, self._twins = places_of_each(model), twins_of_each(model)
         try:
             yield
         finally:
-            self._places = {}
+            self._places, self._twins = {}, {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, SVDScaleShiftLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            # A module that comes back is whole. PEFT would set its `weight`, which HQQ's layers and experts have not.
-            setattr(parent, child_name, new_module)
+        # A tuned layer is made where its base layer computes, and a module that comes back is whole. PEFT would move
+        # the one to where an offloaded weight is kept, and set the other's `weight`, which HQQ's layers have not.
+        setattr(parent, child_name, new_module)
         for other_parent, name in self._places.get(id(child), ()):
             setattr(other_parent, name, new_module)
 
@@ -154,7 +155,8 @@ class SVDScaleShiftModel(BaseTuner):
             in_file = names_in_file(model, adapter_name)
             given = {in_file.get(key, key): tensor for key, tensor in state_dict.items()}
             check_digests(f"The adapter {adapter_name!r}", digest_of_each(given), digests)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        present = in_present_format(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, present)
         check_values(model, adapter_name, config, remapped)
         return remapped
 
@@ -234,5 +236,6 @@ class SVDScaleShiftModel(BaseTuner):
             combined = combine_changes(
                 changes, weight_vector, combination_type, 1.0 if density is None else density, majority_sign_method
             )
-            layer.svd_scale_shift_shift[adapter_name].data = layer.spectrum.leading(combined, layer.rank[adapter_name])
+            vector = cast(LearnedVector, layer.svd_scale_shift_b[adapter_name])
+            vector.weight.data = layer.spectrum.leading(combined, layer.rank[adapter_name])
         self.set_requires_grad(adapter_name, False)

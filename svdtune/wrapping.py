@@ -17,7 +17,6 @@ REMEDY = "Take it out of `target_modules`, or name it in `exclude_modules`."
 
 def new_layer(
     target: nn.Module,
-    parent: nn.Module,
     name: str,
     parameter_name: str | None,
     quantization_options: dict[str, Any],
@@ -27,7 +26,6 @@ def new_layer(
 
     Args:
         target: The module.
-        parent: The module that holds it.
         name: Its name in the model.
         parameter_name: Which of its parameters to tune, if it is not the module as a whole.
         quantization_options: What PEFT needs to know to read a quantised weight.
@@ -49,7 +47,7 @@ def new_layer(
         if isinstance(target, nn.MultiheadAttention):
             return _tuned_attention(target, name, **options)
         if backend is None:
-            return _layer_kind(target, parent, name)(target, **options)
+            return _layer_kind(target, name)(target, **options)
         if not backend.supports_merge:
             raise TypeError(
                 f"`{name}` cannot be tuned: a weight quantised by {backend.backend_name} cannot be read back, so it "
@@ -84,19 +82,8 @@ def _tuned_attention(attention: nn.MultiheadAttention, name: str, **options: Any
     return ParamWrapper(projection, "out_proj.weight", **options)
 
 
-def _layer_kind(target: nn.Module, parent: nn.Module, name: str) -> type[SVDScaleShiftLayer]:
+def _layer_kind(target: nn.Module, name: str) -> type[SVDScaleShiftLayer]:
     """The wrapper for a module that is not quantised, or an error that says why it has none."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise TypeError(
-            f"`{name}` cannot be tuned by itself: nn.MultiheadAttention reads its weight without calling it. Name the "
-            f"attention module in `target_modules`, `{name.rpartition('.')[0] or 'the whole model'}`."
-        )
-    # It does so in eval mode, which would evaluate the base model after training the adapter.
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        raise TypeError(
-            f"`{name}` cannot be tuned: its nn.TransformerEncoderLayer reads the weight without calling the module. "
-            f"{REMEDY}"
-        )
     for base_type, kind in LAYER_KINDS.items():
         if isinstance(target, base_type):
             _check_computes_a_product(target, base_type, name)

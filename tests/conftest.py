@@ -23,10 +23,10 @@ def train():
     def train(model, adapter_name="default"):
         for name, parameter in model.named_parameters():
             random = torch.randn(parameter.shape)
-            if name.endswith(f"svd_scale_shift_scale.{adapter_name}"):
+            if name.endswith(f"svd_scale_shift_a.{adapter_name}.weight"):
                 sign = torch.where(torch.arange(len(random)) % 4 == 1, -1.0, 1.0)
-                parameter.copy_(sign * (1 + 0.3 * random))
-            elif name.endswith(f"svd_scale_shift_shift.{adapter_name}"):
+                parameter.copy_(sign * (1 + 0.3 * random) - 1)
+            elif name.endswith(f"svd_scale_shift_b.{adapter_name}.weight"):
                 parameter.copy_(0.1 * random)
         return model
 

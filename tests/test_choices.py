@@ -32,7 +32,7 @@ def tuned(base, **choices):
 
 def adapter_sizes(model):
     return {
-        name.removeprefix("base_model.model.").removesuffix(".default"): parameter.numel()
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -55,8 +55,8 @@ def test_each_method_of_the_family_computes_its_formula(choices, formula, train,
     linear = nn.Linear(24, 40)
     layer = train(tuned(nn.Sequential(linear), target_modules=["0"], **choices)).base_model.model[0]
     left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-    scale = dict(layer.svd_scale_shift_scale).get("default")
-    shift = dict(layer.svd_scale_shift_shift).get("default")
+    scale = layer.svd_scale_shift_scale.get("default")
+    shift = layer.svd_scale_shift_shift.get("default")
     assert (scale is not None, shift is not None) == (choices.get("scale", True), choices.get("shift", True))
     transformed = formula(values, scale, shift)
     x = torch.randn(7, 24)
@@ -82,12 +82,12 @@ def test_each_method_of_the_family_saves_and_loads(choices, train, tmp_path):
 )
 def test_rank_is_a_number_a_fraction_or_all(rank, expected):
     sizes = adapter_sizes(tuned(net(), rank=rank))
-    assert (sizes["1.svd_scale_shift_scale"], sizes["3.svd_scale_shift_shift"]) == expected
+    assert (sizes["1.svd_scale_shift_a"], sizes["3.svd_scale_shift_b"]) == expected
 
 
 def test_rank_pattern_chooses_the_rank_of_some_layers():
     sizes = adapter_sizes(tuned(net(), rank=4, rank_pattern={r"[13]": 0.5, "1": 7}))
-    assert (sizes["1.svd_scale_shift_scale"], sizes["3.svd_scale_shift_scale"]) == (12, 8)
+    assert (sizes["1.svd_scale_shift_a"], sizes["3.svd_scale_shift_a"]) == (12, 8)
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)

@@ -163,7 +163,7 @@ def _memory(rank, width):
     model = get_peft_model(block, SVDScaleShiftConfig(target_modules=list(sizes)))
     fully_shard(model)
     layers = [model.base_model.model[name] for name in sizes]
-    weights = sum(layer.weight.to_local().nbytes for layer in layers)
+    weights = sum(layer.base_layer.weight.to_local().nbytes for layer in layers)
     vectors = sum(tensor.nbytes for layer in layers for tensor in (layer.spectrum.left, layer.spectrum.right))
     assert weights == 12 * width**2 * 4 / 2
     assert vectors == 16 * width**2 * 4

@@ -5,34 +5,34 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svdtune.functional import (
+    change_of_singular_values,
     corrected_channels,
     rebuilding_costs_less,
     rebuilt_linear,
     scaled_convolution,
     scaled_linear,
-    transform_singular_values,
     weight_change,
 )
 
 
-def test_transform_is_the_papers_equation_and_relu_clips():
+def test_the_change_is_that_of_the_papers_equation_and_relu_clips():
     singular_values = torch.tensor([3.0, 2.0, 1.0, 0.5])
-    scale = torch.tensor([2.0, 0.5, 1.0, -1.0])
-    shift = torch.tensor([-1.0, 0.0, -4.0, 0.25])
-    assert transform_singular_values(singular_values, scale, shift).tolist() == [5.0, 1.0, 0.0, 0.0]
+    scale, shift = torch.tensor([2.0, 0.5, 1.0, -1.0]), torch.tensor([-1.0, 0.0, -4.0, 0.25])
+    change = change_of_singular_values(singular_values, scale - 1, shift)
+    assert (singular_values + change).tolist() == [5.0, 1.0, 0.0, 0.0]
+    change = change_of_singular_values(singular_values, scale - 1, shift, "none")
+    assert (singular_values + change).tolist() == [5.0, 1.0, -3.0, -0.25]
 
 
-def test_transform_starts_as_the_identity(dtype):
-    singular_values = torch.rand(8, dtype=dtype)
-    same = transform_singular_values(singular_values, torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype))
-    assert torch.equal(same, singular_values)
+def test_nothing_changes_at_the_start(dtype):
+    assert not change_of_singular_values(torch.rand(8, dtype=dtype), *torch.zeros(2, 8, dtype=dtype)).any()
 
 
-def test_a_clipped_value_gets_no_gradient():
-    scale, shift = torch.tensor([1.0, -1.0], requires_grad=True), torch.zeros(2, requires_grad=True)
-    transform_singular_values(torch.tensor([3.0, 2.0]), scale, shift).sum().backward()
-    assert scale.grad.tolist() == [3.0, 0.0]
-    assert shift.grad.tolist() == [1.0, 0.0]
+def test_a_clipped_value_gets_no_gradient_and_a_broken_one_is_seen():
+    a, b = torch.tensor([0.0, -2.0, -1.0], requires_grad=True), torch.zeros(3, requires_grad=True)
+    change_of_singular_values(torch.tensor([3.0, 2.0, 1.0]), a, b).sum().backward()
+    assert (a.grad.tolist(), b.grad.tolist()) == ([3.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    assert change_of_singular_values(torch.ones(1), torch.tensor([float("nan")])).isnan()
 
 
 @pytest.mark.parametrize("rows", [(), (5,), (2, 3)], ids=str)

@@ -62,6 +62,10 @@ def scale_and_shift(layer, adapter_name="default"):
     return layer.svd_scale_shift_scale[adapter_name], layer.svd_scale_shift_shift[adapter_name]
 
 
+def learned_by(layer, adapter_name="default"):
+    return layer.svd_scale_shift_a[adapter_name].weight, layer.svd_scale_shift_b[adapter_name].weight
+
+
 def base_forward(base_layer, x, weight):
     """The base layer's own forward in float64, with another weight."""
     exact = copy.deepcopy(base_layer).double()
@@ -133,19 +137,19 @@ def test_gradients_are_those_of_the_papers_formula(
     base_layer = layer.get_base_layer()
     x = input_of(base_layer, input_shape, dtype)
     learned = [x.requires_grad_()] if x.is_floating_point() else []
-    learned += scale_and_shift(layer)
+    learned += learned_by(layer)
     cotangent = torch.randn_like(base_layer(x))
     layer(x).backward(cotangent)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in learned]
-    weight = paper_weight(base_layer.weight, *exact[-2:], getattr(base_layer, "groups", 1))
+    weight = paper_weight(base_layer.weight, 1 + exact[-2], exact[-1], getattr(base_layer, "groups", 1))
     base_forward(base_layer, exact[0] if x.is_floating_point() else x, weight).backward(cotangent.double())
 
     clipped = exact[-1].grad == 0
     assert 0 < clipped.sum() < len(clipped)
     for actual, expected in zip(learned, exact, strict=True):
         assert relative_error(actual.grad, expected.grad) < 4 * PRECISION[dtype]
-    for parameter in scale_and_shift(layer):
+    for parameter in learned[-2:]:
         assert torch.all(parameter.grad[clipped] == 0)
     assert base_layer.weight.grad is None
 
@@ -188,8 +192,8 @@ def test_layers_that_share_a_weight_merge_and_unmerge_each_for_itself(train):
     torch.testing.assert_close(layers(x), expected)
     for layer in layers:
         layer.unmerge()
-    assert torch.equal(layers[0].weight, original)
-    assert layers[0].weight is layers[1].weight
+    assert torch.equal(layers[0].base_layer.weight, original)
+    assert layers[0].base_layer.weight is layers[1].base_layer.weight
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
@@ -348,12 +352,12 @@ def test_singular_values_that_vanish_take_no_part_whatever_the_shift(dtype):
         layer.get_base_layer().weight[12:] = layer.get_base_layer().weight[:12]
         layer.get_base_layer().bias.zero_()
     layer = tuned(layer.get_base_layer())
-    torch.nn.init.constant_(scale_and_shift(layer)[1], 5.0)
+    torch.nn.init.constant_(learned_by(layer)[1], 5.0)
 
     y = layer(torch.randn(7, 40).to(dtype))
     torch.testing.assert_close(y[:, :12], y[:, 12:])
     y.square().sum().backward()
-    for parameter in scale_and_shift(layer):
+    for parameter in learned_by(layer):
         assert torch.all(parameter.grad[:12] != 0)
         assert torch.all(parameter.grad[12:] == 0)
 
@@ -365,7 +369,7 @@ def test_a_weight_of_zeros_stays_zero():
     layer = tuned(nn.Linear(6, 4, bias=False))
     nn.init.zeros_(layer.get_base_layer().weight)
     layer = tuned(layer.get_base_layer())
-    torch.nn.init.constant_(scale_and_shift(layer)[1], 5.0)
+    torch.nn.init.constant_(learned_by(layer)[1], 5.0)
     assert torch.equal(layer(torch.randn(3, 6)), torch.zeros(3, 4))
 
 
@@ -386,7 +390,7 @@ def test_autocast_gives_the_dtype_and_the_values_that_the_base_layer_would(
         assert y.dtype is base_layer(x).dtype is torch.bfloat16
     assert relative_error(y, base_forward(base_layer, x, weight)) < PRECISION[torch.bfloat16]
     y.float().square().sum().backward()
-    assert all(parameter.grad.dtype is torch.float32 for parameter in scale_and_shift(layer))
+    assert all(parameter.grad.dtype is torch.float32 for parameter in learned_by(layer))
 
 
 @each_form
@@ -402,7 +406,7 @@ def test_a_tuned_layer_compiles_into_one_graph(make_layer, input_shape, one_side
     gradients = []
     for module in (layer, compiled):
         y = module(x)
-        gradients.append(torch.autograd.grad(y.square().sum(), [*scale_and_shift(layer)]))
+        gradients.append(torch.autograd.grad(y.square().sum(), learned_by(layer)))
         assert relative_error(y, layer(x)) < 1e-6
     for expected, actual in zip(*gradients, strict=True):
         assert relative_error(actual, expected) < 1e-5
@@ -438,8 +442,8 @@ def test_a_state_dict_holds_the_base_layer_and_the_adapter_only(train):
     assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == {
         "base_layer.weight": (12, 4, 3, 3),
         "base_layer.bias": (12,),
-        "svd_scale_shift_scale.default": (12,),
-        "svd_scale_shift_shift.default": (12,),
+        "svd_scale_shift_a.default.weight": (12,),
+        "svd_scale_shift_b.default.weight": (12,),
     }
 
 
@@ -447,7 +451,7 @@ def test_a_state_dict_holds_the_base_layer_and_the_adapter_only(train):
 def test_a_tuned_layer_shows_the_sizes_and_tensors_of_the_layer_it_replaces(base_layer):
     layer = tuned(base_layer)
     assert (layer.in_features, layer.out_features) == (8, 12)
-    assert layer.weight is base_layer.weight
+    assert torch.equal(layer.weight, base_layer.weight) and layer.weight.dtype is base_layer.weight.dtype
     assert layer.bias is base_layer.bias
 
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 import svdtune.spectrum
 from svdtune import SVDScaleShiftConfig
-from svdtune.functional import transform_singular_values, weight_change
+from svdtune.functional import change_of_singular_values, weight_change
 from svdtune.spectrum import Spectrum, fingerprint_distance
 
 
@@ -81,8 +81,8 @@ def tuned_weight(weight, spectrum):
     random = torch.Generator().manual_seed(1)
     values = spectrum.singular_values.double()
     scale, shift = (torch.randn(len(values), generator=random).double() for _ in range(2))
-    transformed = transform_singular_values(values, 1 + 0.3 * scale, 0.1 * values.max() * shift)
-    change = weight_change(spectrum.left.double(), transformed - values, spectrum.right.double())
+    delta = change_of_singular_values(values, 0.3 * scale, 0.1 * values.max() * shift)
+    change = weight_change(spectrum.left.double(), delta, spectrum.right.double())
     return weight.double() + change[0]
 
 
@@ -254,22 +254,23 @@ def test_a_fingerprint_is_of_the_weights_that_the_adapter_was_trained_on(saved, 
             PeftModel.from_pretrained(bert(), folder)
 
 
-FIRST_SCALE = "base_model.model.encoder.layer.0.attention.self.query.svd_scale_shift_scale"
+FIRST_A = "base_model.model.encoder.layer.0.attention.self.query.svd_scale_shift_a.weight"
+IN_MODEL = FIRST_A.replace(".weight", ".default.weight")
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda values: values.pop(FIRST_SCALE), f"1 of its values are missing, {FIRST_SCALE}"),
+        (lambda values: values.pop(FIRST_A), f"1 of its values are missing, {IN_MODEL}"),
         (
-            lambda values: values.update({FIRST_SCALE.replace("query", "key"): torch.ones(32)}),
+            lambda values: values.update({FIRST_A.replace("query", "key"): torch.ones(32)}),
             "1 of its values have no place in this model, .*key",
         ),
         (
-            lambda values: values[FIRST_SCALE].fill_(np.nan),
-            f"1 of its values hold NaN or infinite values, {FIRST_SCALE}",
+            lambda values: values[FIRST_A].fill_(np.nan),
+            f"1 of its values hold NaN or infinite values, {IN_MODEL}",
         ),
-        (lambda values: values.update({FIRST_SCALE: torch.ones(31)}), f"size mismatch for {FIRST_SCALE}"),
+        (lambda values: values.update({FIRST_A: torch.ones(31)}), f"size mismatch for {IN_MODEL}"),
     ],
     ids=["missing", "left over", "NaN", "another rank"],
 )
@@ -323,6 +324,6 @@ def test_casting_leaves_no_stale_factors(dtypes, precision, train, relative_erro
     assert relative_error(model(x), expected) < precision
 
     layer = model.base_model.model[0]
-    nn.init.ones_(layer.svd_scale_shift_scale["default"])
-    nn.init.zeros_(layer.svd_scale_shift_shift["default"])
+    nn.init.zeros_(layer.svd_scale_shift_a["default"].weight)
+    nn.init.zeros_(layer.svd_scale_shift_b["default"].weight)
     assert relative_error(model(x), layer.base_layer(x)) < 10 * torch.finfo(dtypes[-1]).eps

@@ -288,8 +288,8 @@ def test_hotswap_does_not_compile_again(base, saved):
 @pytest.mark.parametrize(
     "choices, message",
     [
-        ({"rank": 2}, r"6 values differ, conv\.svd_scale_shift_scale is \(4,\) and not \(16,\)"),
-        ({"target_modules": ["fc"]}, r"4 values differ, conv\.svd_scale_shift_scale is missing and not \(16,\)"),
+        ({"rank": 2}, r"6 values differ, conv\.svd_scale_shift_a\.weight is \(4,\) and not \(16,\)"),
+        ({"target_modules": ["fc"]}, r"4 values differ, conv\.svd_scale_shift_a\.weight is missing and not \(16,\)"),
         ({"target_modules": [*TARGETS, "embedding", "head"], "modules_to_save": None}, "values differ"),
         ({"shift": False}, "its `shift` is False, and not True"),
         ({"nonlinearity": "none"}, "its `nonlinearity` is 'none', and not 'relu'"),

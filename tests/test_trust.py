@@ -163,7 +163,7 @@ def test_a_config_is_not_written_through_a_link(saved, tmp_path, train):
 # Values that are not the adapter's
 
 
-SCALE = "base_model.model.encoder.layer.0.attention.self.query.svd_scale_shift_scale"
+SCALE = "base_model.model.encoder.layer.0.attention.self.query.svd_scale_shift_a.weight"
 BASE = "base_model.model.encoder.layer.0.attention.self.query.base_layer.weight"
 POOLER = "base_model.model.pooler.dense.weight"
 
@@ -177,9 +177,15 @@ POOLER = "base_model.model.pooler.dense.weight"
             "have no place in this model, other.weight",
         ),
         (lambda tensors: tensors[POOLER].fill_(float("nan")), "hold NaN or infinite values, .*pooler.*dense.weight"),
-        (lambda tensors: tensors[SCALE].fill_(float("inf")), f"hold NaN or infinite values, {SCALE}"),
-        (lambda tensors: tensors.update({SCALE: torch.ones(16).int()}), f"are not floating-point numbers, {SCALE}"),
-        (lambda tensors: tensors.update({SCALE: torch.ones(16) > 0}), f"are not floating-point numbers, {SCALE}"),
+        (lambda tensors: tensors[SCALE].fill_(float("inf")), "hold NaN or infinite values, .*query.svd_scale_shift_a"),
+        (
+            lambda tensors: tensors.update({SCALE: torch.ones(16).int()}),
+            "are not floating-point .*query.svd_scale_shift_a",
+        ),
+        (
+            lambda tensors: tensors.update({SCALE: torch.ones(16) > 0}),
+            "are not floating-point .*query.svd_scale_shift_a",
+        ),
         (lambda tensors: tensors.update({POOLER: torch.ones(16, 16).long()}), "are not floating-point .*pooler"),
     ],
     ids=["base weight", "unknown", "NaN in a module", "infinite A", "integer A", "boolean A", "integer module"],
@@ -300,14 +306,14 @@ def flipped(saved):
 def test_weights_are_checked_whoever_reads_the_config(saved):
     """PEFT's own class reads a config without asking ours."""
     save_file(flipped(saved), saved / WEIGHTS)
-    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_scale` has changed"):
+    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_a.weight` has changed"):
         PeftModel.from_pretrained(bert(), str(saved), config=PeftConfig.from_pretrained(str(saved)))
 
 
 def test_weights_that_are_not_safetensors_are_checked_too(saved):
     torch.save(flipped(saved), saved / "adapter_model.bin")
     (saved / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_scale` has changed"):
+    with pytest.raises(ValueError, match=r"'default' is damaged: .*query.svd_scale_shift_a.weight` has changed"):
         PeftModel.from_pretrained(bert(), str(saved))
 
 
@@ -403,7 +409,7 @@ def test_tiny_and_huge_weights_have_finite_vectors_and_the_papers_product(
     with torch.no_grad():
         linear.weight.copy_(torch.randn(8, 12).double() * size)
     layer = train(Linear(linear, "default", SVDScaleShiftConfig(**choices)))
-    layer.svd_scale_shift_shift["default"].data *= size
+    layer.svd_scale_shift_b["default"].weight.data *= size
     assert all(getattr(layer.spectrum, name).isfinite().all() for name in ("left", "right", "reciprocals"))
     x = torch.randn(3, 12)
     output = layer(x)

@@ -153,8 +153,8 @@ def test_tensors_that_cannot_be_are_refused_by_name(kind, folder):
 
 def test_an_additional_tensor_does_not_overwrite_the_base(ssam):
     tensors = load_file(ssam / "adapter_model.safetensors")
-    name = next(key for key in tensors if key.endswith("svd_scale_shift_scale"))
-    base = name.replace("svd_scale_shift_scale", "base_layer.weight")
+    name = next(key for key in tensors if key.endswith("svd_scale_shift_a.weight"))
+    base = name.replace("svd_scale_shift_a.weight", "base_layer.weight")
     rewrite(ssam, "adapter_model.safetensors", {**tensors, base: torch.ones(2)})
     with pytest.raises(UserError, match=r"base_layer\.weight"):
         load_adapter(ssam)

@@ -49,8 +49,8 @@ class Sequence:
             layer = self.layer(target)
             size = layer.rank[name]
             pair = (1 + 0.5 * torch.randn(size), 0.2 * torch.randn(size))
-            layer.svd_scale_shift_scale[name].data.copy_(pair[0])
-            layer.svd_scale_shift_shift[name].data.copy_(pair[1])
+            layer.svd_scale_shift_a[name].weight.data.copy_(pair[0] - 1)
+            layer.svd_scale_shift_b[name].weight.data.copy_(pair[1])
             values[target] = pair
         self.adapters[name] = values
 

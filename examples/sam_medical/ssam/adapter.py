@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import svdtune  # noqa: F401 - makes the method known to PEFT, which reads its name in the adapter's folder
 from ssam.backbones import Backbone, load_backbone
 from ssam.errors import UserError, first_line
 from ssam.files import naming, whole_folder, write_tensors
@@ -35,6 +34,7 @@ from ssam.task import (
 )
 from ssam.tuning import check_target_modules, expected_config, kept_tensors, load_kept_tensors, tune
 from ssam.values import shortened
+from svdtune.learned import in_present_format
 
 # Of an adapter's configuration, what is not the same for every adapter of a method on a model.
 FREE_CONFIG_KEYS = {
@@ -183,7 +183,7 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
     method = METHODS[task.method]
     text = read_text_embeddings(folder / TEXT_FILE, len(task.labels)) if task.uses_text else None
     weights_file = folder / weights_file_of(task)
-    weights = read_tensors(weights_file)
+    weights = in_present_format(read_tensors(weights_file))
     model, target_modules, task = _build_untuned(replace(task, backbone=backbone or task.backbone), text)
     if method.adapter and isinstance(model, PromptedSam):
         check_target_modules(model, target_modules)

@@ -1,0 +1,54 @@
+"""What adapters learn of a layer: vectors in modules of their own, and how adapters held them before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Of adapter_config.json. Version 2 added `digests`; since version 3 an adapter holds a = A - 1, under other names.
+FORMAT_VERSION = 3
+# The path of a layer, which vector, and in a model's own state dict the adapter's name.
+_NAME_BEFORE = re.compile(r"(.*\.|)svd_scale_shift_(scale|shift)(\.[^.]+|)")
+
+
+class LearnedVector(nn.Module):
+    """A vector (g * rank,), called to be read.
+
+    Libraries act on modules that are called: accelerate brings offloaded parameters back, FSDP gathers sharded ones.
+    And those that copy an adapter look for names of the form ``....default.weight``, as LoRA's are.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def stacked(vectors: nn.ModuleDict, adapter_names: Iterable[str], default: Tensor) -> Tensor:
+    """The adapters' vectors, one a row, in the dtype of ``default`` or a wider one; ``default`` for those without."""
+    known = vectors._modules  # looking up hundreds of names in a ModuleDict takes as long as a product
+    rows = [default if (vector := known.get(name)) is None else vector() for name in adapter_names]
+    together = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    return together.to(torch.promote_types(together.dtype, default.dtype))
+
+
+def in_present_format(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by the names of today, and a = A - 1 for A, where it was written before version 3."""
+    return dict(_in_present_format(key, tensor) for key, tensor in state.items())
+
+
+def _in_present_format(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    before = _NAME_BEFORE.fullmatch(key)
+    if before is None:
+        return key, tensor
+    path, vector, adapter_name = before.groups()
+    if vector == "shift":
+        return f"{path}svd_scale_shift_b{adapter_name}.weight", tensor
+    if tensor.is_floating_point() and not tensor.is_meta:
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) - 1  # exact for A between 1 / 2 and 2
+    return f"{path}svd_scale_shift_a{adapter_name}.weight", tensor

@@ -1,0 +1,97 @@
+"""What others read as the weight of a tuned layer: W', computed when it is used.
+
+Some modules hand a layer's weight to a function instead of calling the layer: Mamba's convolution, WavLM's attention,
+a head that multiplies with an embedding. Others ask for no more than its dtype, but at every token. So what they get
+knows its shape and dtype at once, and its values as soon as an operation needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+
+def weight_to_read(change: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """compute(change), with its gradient.
+
+    Args:
+        change: Of the singular values, (g * rank,).
+        compute: Takes it to W'.
+        like: A tensor of the shape, dtype and device of W', such as W. Where Python is traced (torch.compile, export,
+            functorch) it is not needed, for there the values are computed at once.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return compute(change)
+    return _Read.apply(change, compute, like)
+
+
+class WeightToRead(Tensor):
+    """A tensor whose values are computed at the first operation that needs them."""
+
+    _compute: Callable[[], Tensor]
+    _computed: Tensor | None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, compute: Callable[[], Tensor]) -> WeightToRead:
+        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        made._compute, made._computed = compute, None
+        return made
+
+    def __init__(self, like: Tensor, compute: Callable[[], Tensor]) -> None: ...
+
+    def values_now(self) -> Tensor:
+        if self._computed is None:
+            with torch.no_grad():
+                self._computed = self._compute()
+        return self._computed
+
+    def data_ptr(self) -> int:
+        return self.values_now().data_ptr()
+
+    def numpy(self, **kwargs: Any) -> Any:
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self.values_now().numpy(**kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.values_now()!r})"
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.values_now().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values_now().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], cls):
+            raise RuntimeError(
+                f"{func} cannot change the weight of a layer that svdtune tunes: it is computed when it is read. "
+                "Change `base_layer.weight`, or merge the adapter first."
+            )
+        computed = tree_map_only(cls, cls.values_now, (args, kwargs or {}))
+        return func(*computed[0], **computed[1])
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, change: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+        ctx.save_for_backward(change)
+        ctx.compute = compute
+        return WeightToRead(like, lambda: compute(change))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            change = ctx.saved_tensors[0].detach().requires_grad_()
+            weight = ctx.compute(change)
+        return torch.autograd.grad(weight, change, grad_weight.to(weight.dtype))[0], None, None
