@@ -6,9 +6,10 @@ Importing this package registers the method, so that ``peft`` can create, save a
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.hotswap import hotswap_adapter
 from svdtune.model import SVDScaleShiftModel
+from svdtune.optimization import parameter_groups
 from svdtune.registration import register
 from svdtune.version import __version__
 
 register(SVDScaleShiftConfig, SVDScaleShiftModel)
 
-__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "hotswap_adapter"]
+__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "hotswap_adapter", "parameter_groups"]

@@ -6,6 +6,7 @@ import copy
 import itertools
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from svdtune.cache import cache_folder
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.functional import change_of_singular_values
-from svdtune.learned import LearnedVector, stacked
+from svdtune.learned import LearnedVector, ToBeRead, stacked
 from svdtune.offloading import brought_back
 from svdtune.reading import weight_to_read
 from svdtune.spectrum import Sides, Spectrum
@@ -95,9 +96,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         count = len(self.spectrum.leading(self.spectrum.singular_values, rank))
         noise = 0.0 if config.init_weights else 1.0
         if config.scale:
-            self.svd_scale_shift_a[adapter_name] = LearnedVector(0.1 * noise * torch.randn(count))
+            self.svd_scale_shift_a[adapter_name] = LearnedVector(0.3 * noise * torch.randn(count))
         if config.shift:
-            self.svd_scale_shift_b[adapter_name] = LearnedVector(0.01 * noise * torch.randn(count))
+            self.svd_scale_shift_b[adapter_name] = LearnedVector(0.03 * noise * torch.randn(count))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -139,14 +140,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         return self.changed_product(x, change)
 
     @property
-    def svd_scale_shift_scale(self) -> dict[str, Tensor]:
+    def svd_scale_shift_scale(self) -> Mapping[str, Tensor]:
         """A of each adapter that learns it, as in the paper, to be read: 1 + a."""
-        return {name: 1 + vector() for name, vector in self.svd_scale_shift_a.items()}
+        return ToBeRead(self.svd_scale_shift_a, lambda a: 1 + a)
 
     @property
-    def svd_scale_shift_shift(self) -> dict[str, Tensor]:
+    def svd_scale_shift_shift(self) -> Mapping[str, Tensor]:
         """B of each adapter that learns it, as in the paper, to be read."""
-        return {name: vector() for name, vector in self.svd_scale_shift_b.items()}
+        return ToBeRead(self.svd_scale_shift_b, lambda b: b)
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer is tuned by the adapter of that name."""

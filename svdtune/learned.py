@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ class LearnedVector(nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
+
+
+class ToBeRead(Mapping[str, Tensor]):
+    """The vectors of a layer's adapters as the paper has them, by the adapters' names."""
+
+    def __init__(self, vectors: nn.ModuleDict, as_in_paper: Callable[[Tensor], Tensor]) -> None:
+        self._vectors, self._as_in_paper = vectors, as_in_paper
+
+    def __getitem__(self, adapter_name: str) -> Tensor:
+        return self._as_in_paper(self._vectors[adapter_name]())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
 
 
 def stacked(vectors: nn.ModuleDict, adapter_names: Iterable[str], default: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+import svdtune
 from ssam.errors import UserError
 from ssam.expressions import matches_any
 from ssam.methods import POSITION_TYPES, Method, names_in
 from ssam.model import PromptedSam
+from svdtune.learned import LearnedVector
 
 
 def tune(model: nn.Module, method: Method, labels: int, target_modules: str) -> nn.Module:
@@ -60,39 +62,17 @@ def expected_config(model: PromptedSam, method: Method, target_modules: str) -> 
 def parameter_groups(
     model: nn.Module, weight_decay: float, learning_rate: float, value_rate: float
 ) -> list[dict[str, Any]]:
-    """The trainable parameters for an optimizer.
+    """The trainable parameters for an optimizer, see `svdtune.parameter_groups`.
 
-    Only matrices decay: decay pulls A and norms towards zero, which is not the identity, and positions and embeddings
-    mean something where they are. A and B have a rate of their own: their gradients change sign from batch to batch,
-    so that at the others' rate Adam leaves most singular values within a few per cent of where they were.
-
-    Args:
-        model: What is trained.
-        weight_decay: Of matrices.
-        learning_rate: Of all but A and B.
-        value_rate: That of A and B, as a multiple.
+    Only matrices decay, as in all published results: positions mean something where they are.
     """
-    kept_as_they_are = (*POSITION_TYPES, nn.Embedding)
-    positions = {
-        id(parameter)
+    undecayed = [
+        parameter
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, kept_as_they_are) or name.startswith(("rel_pos", "position_embeddings"))
-    }
-    values: list[nn.Parameter] = []
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_value = "svd_scale_shift_" in name
-            decays = parameter.ndim >= 2 and id(parameter) not in positions
-            (values if is_value else decaying if decays else others).append(parameter)
-    groups = [
-        {"params": values, "weight_decay": 0.0, "lr": value_rate * learning_rate},
-        {"params": decaying, "weight_decay": weight_decay, "lr": learning_rate},
-        {"params": others, "weight_decay": 0.0, "lr": learning_rate},
+        if isinstance(module, (*POSITION_TYPES, LearnedVector)) or name.startswith(("rel_pos", "position_embeddings"))
     ]
-    return [group for group in groups if group["params"]]
+    return svdtune.parameter_groups(model, learning_rate, weight_decay, value_rate, undecayed)
 
 
 def count_trainable(model: nn.Module) -> int:
