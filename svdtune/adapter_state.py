@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.digests import PEFT_PREFIX
-from svdtune.kinds import ParamWrapper
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.param_wrapper import ParamWrapper
 from svdtune.spectrum import fingerprint_distance
 
 # Changes of the singular values are a tenth of them or so: at this distance W' is off by about 1e-4 of its norm.

@@ -18,8 +18,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
-from svdtune.kinds import ParamWrapper
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.param_wrapper import ParamWrapper
 
 COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 

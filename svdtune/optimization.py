@@ -19,10 +19,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """What learns in a model, as groups for an optimizer of torch.
 
-    a and B have a rate of their own. Their gradients change sign from batch to batch, so that Adam, at a rate that suits
-    a matrix, leaves most singular values within a few per cent of where they were. Weight decay pulls them, as it does
-    LoRA's matrices, towards the pretrained weight. Vectors (biases, norms), embeddings and trained tokens do not decay:
-    for them zero means nothing.
+    a and B have a rate of their own: their gradients change sign from batch to batch, so that Adam, at a rate that
+    suits a matrix, leaves most singular values within a few per cent of where they were. Weight decay pulls them
+    towards the pretrained weight, as it does LoRA's matrices. Vectors (biases, norms), embeddings and trained tokens
+    do not decay: for them zero means nothing.
 
     Args:
         model: A model with an adapter; what does not require gradients is left out.

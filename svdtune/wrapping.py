@@ -8,8 +8,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from svdtune.kinds import LAYER_KINDS, Linear, ParamWrapper
+from svdtune.kinds import LAYER_KINDS, Linear
 from svdtune.layer import SVDScaleShiftLayer
+from svdtune.param_wrapper import ParamWrapper
 from svdtune.trial import computes_the_same
 
 REMEDY = "Take it out of `target_modules`, or name it in `exclude_modules`."

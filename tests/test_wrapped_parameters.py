@@ -1,6 +1,7 @@
 """Parameters that their module reads itself: attention projections, and the fused weights of experts."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -152,3 +153,30 @@ def test_a_parameter_that_is_not_a_stack_of_matrices_is_refused_by_name():
     model = nn.Sequential(nn.LayerNorm(4))
     with pytest.raises(ValueError, match=r"`0\.weight` cannot be tuned: its parameter weight has 1 dimensions"):
         get_peft_model(model, SVDScaleShiftConfig(target_modules=[], target_parameters=["0.weight"]))
+
+
+@each_case
+def test_threads_answer_as_one_does(make_base, targets, x, groups, train):
+    model = train(get_peft_model(make_base(), SVDScaleShiftConfig(**targets))).eval()
+    inputs = [x + number for number in range(4)]
+    with torch.no_grad():
+        expected = [model(one) for one in inputs]
+
+    def answers(one):
+        with torch.no_grad():
+            return [model(one) for _ in range(40)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(answers, inputs), expected, strict=True):
+            for answer in found:
+                torch.testing.assert_close(answer, right)
+
+
+def test_whoever_reads_a_tuned_parameter_from_outside_gets_what_its_module_computes_with(train, paper_weight):
+    model = train(get_peft_model(nn.Sequential(Experts()), SVDScaleShiftConfig(**EXPERTS)))
+    base = model.base_model.model[0].get_base_layer()
+    layer = wrappers(model)["router"]
+    vectors = layer.svd_scale_shift_scale["default"], layer.svd_scale_shift_shift["default"]
+    read = model.base_model.model[0].router
+    torch.testing.assert_close(read.double(), paper_weight(base.router, *vectors))
+    assert read.requires_grad and base.router is not read
