@@ -82,7 +82,7 @@ def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], d
             dataset = open_dataset(options.dataset, options.data_root, split, labels, reading)
             if split == "train":
                 reading = settle_reading(dataset)
-                dataset.reading = replace(dataset.reading, intensity=reading.intensity)
+                dataset.reading = replace(dataset.reading, intensity=reading.intensity, offset=reading.offset)
         except UserError as error:
             errors[split] = str(error)
             continue
@@ -94,6 +94,7 @@ def read_all(dataset: SegmentationDataset, split: str, survey: Survey, dump: Pat
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", leave=False, disable=None):
         sample = dataset[index]
         survey.add(sample)
+        survey.look_at(dataset.scan(index), dataset.reading)
         if dump:
             with replacing_file(dump / f"{sample.name}.npz") as temporary:
                 np.savez_compressed(

@@ -34,10 +34,8 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 SEQUENCES = ("GIF", "WEBP", "PNG")
 # TIFF's photometric for CMYK.
 SEPARATED = 5
-# Where CT's values are if sixteen bits hold them without a sign.
-WRAPPED_FROM = 65536 - 3100
-HIGHEST_CT = 20000
-OFFSET = 32768
+# Of a scan's values, by which it is judged.
+SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
 
 
@@ -91,29 +89,12 @@ class Scan:
             raise UserError(f"{self.path} holds no numbers; replace or remove the file.")
         return float(values.min()), float(values.max())
 
-
-def as_hounsfield(scan: Scan) -> Scan:
-    """A picture of sixteen bits whose negative values were stored as ones beyond 32767, or all with 32768 added.
-
-    PNG has no negative values, and CT is full of them; of nothing else do values lie so.
-    """
-    values = scan.values
-    if scan.affine is not None or values.dtype != np.uint16 or scan.in_colour:
-        return scan
-    high = values > WRAPPED_FROM
-    is_apart = high.mean() > 0.01 and not high.all() and not ((values > HIGHEST_CT) & ~high).any()
-    if is_apart and _are_wrapped(values[high]):
-        return replace(scan, values=values.view(np.int16), remark="with its negative values, which were wrapped")
-    low, top = int(values.min()), int(values.max())
-    if OFFSET - 3100 <= low <= OFFSET - 900 and top <= OFFSET + HIGHEST_CT and (values > OFFSET).any():
-        shifted = (values.astype(np.int32) - OFFSET).astype(np.int16)
-        return replace(scan, values=shifted, remark=f"less the {OFFSET} that were added")
-    return scan
-
-
-def _are_wrapped(values: np.ndarray) -> bool:
-    """Whether they spread as tissue does, or are the one value of air or padding; a marker's white is neither."""
-    return bool(np.ptp(values) > 10 or -3100 <= int(values.view(np.int16)[0]) <= -900)
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """Some million of the values that are numbers, evenly taken, the same ones each time."""
+        flat = self.values.reshape(-1)
+        flat = flat[:: max(1, flat.size // SAMPLED)]
+        return flat if flat.dtype.kind in "iub" else flat[np.isfinite(flat)]
 
 
 def suffix_of(name: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
 from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
 from ssam.data.layouts import SPLIT_NAMES, Pair, Part, coco_split, has_images, read_part
-from ssam.data.reading import Reading, image_scan_of, name_of, numbers_of, read_slice
+from ssam.data.reading import Reading, name_of, numbers_of, read_slice, scan_of
 from ssam.data.sources import folders_in
 from ssam.errors import UserError
 
@@ -83,7 +83,7 @@ class OwnData(SegmentationDataset):
         return Sample(name_of(pair.image, number), image, masks, group)
 
     def scan(self, index: int) -> Scan:
-        return image_scan_of(self.items[index][0].image, self.reading)
+        return scan_of(self.items[index][0].image)
 
 
 def _has_many_folders(pairs: Sequence[Pair]) -> bool:
