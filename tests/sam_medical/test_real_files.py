@@ -334,6 +334,23 @@ class TestMasks:
         soft = soft.round().astype(np.uint8)
         np.testing.assert_array_equal(self.one(tmp_path, soft)[0], soft > soft.max() / 2)
 
+    @pytest.mark.parametrize("size", [2, 3, 10], ids=lambda size: f"{size} pixels wide")
+    @pytest.mark.parametrize("how", [{}, {"labels": {"cell": 255}}], ids=["by folder", "by labels.json"])
+    def test_numbers_of_things_beside_white_are_an_error(self, tmp_path, size, how):
+        things = np.zeros((90, 90), np.uint8)
+        things[60:80, 60:80] = 255
+        for number in range(1, 6):
+            things[2:][:size, 17 * number - 15 :][:, :size] = number
+        with pytest.raises(UserError, match=r"0\.png holds 1, 2, 3, 4, 5.* labels\.json"):
+            self.one(tmp_path, things, image_size=(90, 90), **how)
+
+    @pytest.mark.parametrize("quality", [10, 50, 75, 95, 100])
+    @pytest.mark.parametrize("shape", [disk(), disk(radius=3), np.pad(np.ones((21, 31), bool), ((3, 24), (5, 28)))])
+    def test_jpeg_masks_that_were_saved_again_as_png_are_cut_at_half(self, tmp_path, quality, shape):
+        save(tmp_path / "once.jpg", shape * np.uint8(255), quality=quality)
+        grey = np.asarray(Image.open(tmp_path / "once.jpg"))
+        np.testing.assert_array_equal(self.one(tmp_path, grey)[0], grey > 127)
+
     @pytest.mark.parametrize("white", [1, 2, 128, 255])
     def test_two_values_are_a_label_whatever_they_are(self, tmp_path, white):
         np.testing.assert_array_equal(self.one(tmp_path, disk() * np.uint8(white))[0], disk())
