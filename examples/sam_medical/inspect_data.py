@@ -52,7 +52,7 @@ def main() -> None:
     for split, problem in errors.items():
         print(f"{split}: {problem}\n")
     if not surveys:
-        raise UserError(f"no split of {options.dataset} can be read; see above.")
+        raise UserError(in_short(errors))
     said = warnings_of(surveys) if "train" in surveys else []
     for line in said:
         print(f"note: {line}")
@@ -68,7 +68,14 @@ def main() -> None:
         draw_contact_sheet(shown, Path(options.sheet))
         print(options.sheet)
     if errors:
-        raise UserError(f"{len(errors)} of the splits cannot be read, or hold files that cannot be used; see above.")
+        raise UserError(in_short(errors))
+
+
+def in_short(errors: Mapping[str, str]) -> str:
+    """The first thing that is wrong, and where there is more."""
+    (split, problem), *_ = errors.items()
+    others = [other for other, text in errors.items() if text != problem]
+    return f"{split}: {problem}" + (f" What is wrong in {' and '.join(others)} is said above." if others else "")
 
 
 def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], dict[str, str]]:

@@ -461,6 +461,25 @@ class TestMasks:
         with pytest.raises(UserError, match="gives 'a' twice"):
             open_own(tmp_path / "utf-16")
 
+    @pytest.mark.parametrize(
+        "content, said",
+        [
+            ({"liver": 1, "tumor": 1.5}, "gives 'tumor' the value 1.5"),
+            ({"liver": 1, "tumor": 1}, "gives 'liver' and 'tumor' one value, 1"),
+            ({"liver": "#ff0000", "tumor": 2}, "gives 'liver' a colour and 'tumor' a number"),
+            ({"liver": 1, "background": 5}, "gives the background the value 5"),
+            ({"liver": "#000000"}, "gives 'liver' the colour black"),
+            ({"background": 0}, "gives no label but the background"),
+            (["liver"], r"holds \['liver'\]"),
+        ],
+    )
+    def test_the_bad_entry_of_labels_json_is_quoted(self, tmp_path, content, said):
+        save(tmp_path / "images/a.png", np.zeros((8, 8), np.uint8))
+        save(tmp_path / "masks/a.png", np.zeros((8, 8), np.uint8))
+        say(tmp_path, content)
+        with pytest.raises(UserError, match=rf"labels\.json {said}.* it must give each label a whole number"):
+            open_own(tmp_path)
+
     def test_names_written_in_two_ways_are_one(self, tmp_path):
         for number in range(10):
             save(tmp_path / "images" / unicodedata.normalize("NFC", f"Müller{number}.png"), np.zeros((8, 8), np.uint8))
@@ -603,6 +622,14 @@ class TestLayouts:
         with pytest.raises(UserError, match=rf"i\.json has 1 annotations of an image with the id {image_id!r}"):
             open_own(tmp_path)
 
+    def test_what_is_wrong_with_coco_is_said(self, tmp_path):
+        self.coco(tmp_path / "a", {"segmentation": {"counts": [0, 600], "size": [20, 30]}, "iscrowd": 1})
+        with pytest.raises(UserError, match=r"run lengths of 20 x 30 in annotation 0, and 000\.jpg is 48 x 64"):
+            open_own(tmp_path / "a")[0]
+        self.coco(tmp_path / "b", {"segmentation": [[14, 10, 35, 10, 35, 31]], "category_id": 3})
+        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, and lists 7, 9; add those"):
+            open_own(tmp_path / "b")
+
     @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
     def test_coco_files_of_splits(self, tmp_path, image_of):
         for split in ("train", "val", "test"):
@@ -658,6 +685,61 @@ class TestLayouts:
         dataset = open_own(tmp_path)
         assert (len(dataset), list(dataset.labels)) == (7, ["lesion"])
         np.testing.assert_array_equal(dataset[0].masks[0], disk())
+
+    @pytest.mark.parametrize("inner", ["images/scan.png", "images/s{}.png", "ct.png"])
+    def test_a_folder_a_patient(self, tmp_path, inner):
+        for patient in range(10):
+            name = inner.format(patient)
+            save(tmp_path / f"p{patient}/{name}", np.full((48, 64), 9 * patient, np.uint8))
+            save(tmp_path / f"p{patient}/masks/{Path(name).name}", disk().astype(np.uint8) * 3)
+        say(tmp_path, {"cyst": 3})
+        (sample,) = samples_of(open_own(tmp_path, "validation"))
+        assert sample.group == "p3" and sample.image.mean() == pytest.approx(27 / 255) and sample.masks[0].sum() == 305
+
+    def test_patients_of_several_images_and_folders_of_labels(self, tmp_path):
+        for patient in range(10):
+            for number in range(3):
+                save(tmp_path / f"train/p{patient}/images/s{number}.png", np.full((48, 64), 9 * number, np.uint8))
+                label = ("cyst", "stone")[number % 2]
+                save(tmp_path / f"train/p{patient}/masks/{label}/s{number}.png", disk(row=20 + number) * np.uint8(255))
+        dataset = open_own(tmp_path)
+        assert list(dataset.labels) == ["cyst", "stone"] and len(dataset) == 30
+        assert dataset[1].masks.sum((1, 2)).tolist() == [0, 305] and dataset[1].masks[1, 12].any()
+        (tmp_path / "train/p4/masks/cyst/s2.png").unlink()
+        with pytest.raises(UserError, match=r"p4/images/s2\.png has no mask in .*p4; add it"):
+            open_own(tmp_path)
+
+    def test_the_data_science_bowl_has_a_mask_of_each_thing(self, tmp_path):
+        for index in range(10):
+            save(tmp_path / f"id{index}/images/id{index}.png", np.zeros((48, 64), np.uint8))
+            for number, column in enumerate((15, 45)):
+                save(tmp_path / f"id{index}/masks/{index}a{number}.png", disk(column=column) * np.uint8(255))
+        dataset = open_own(tmp_path)
+        assert dataset[0].masks.sum((1, 2)).tolist() == [610] and 'the label is called "lesion"' in dataset.notes[-1]
+
+    def test_totalsegmentator_has_a_file_a_label(self, tmp_path):
+        scan = np.zeros((12, 8, 2), np.int16)
+        for case in range(10):
+            save_nifti(tmp_path / f"s{case:04}/ct.nii.gz", scan)
+            for number, label in enumerate(("liver", "spleen")):
+                mask = scan.astype(np.uint8)
+                mask[2 * number : 2 * number + 2] = 1
+                save_nifti(tmp_path / f"s{case:04}/segmentations/{label}.nii.gz", mask)
+        dataset = open_own(tmp_path)
+        assert list(dataset.labels) == ["liver", "spleen"] and len(dataset) == 14
+        assert [np.argwhere(mask.any(0)).ravel().tolist() for mask in dataset[0].masks] == [[0, 1], [2, 3]]
+
+    @pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.AnalyzeImage])
+    def test_headers_and_pixels_in_two_files(self, tmp_path, kind):
+        for case in range(10):
+            for place in ("images", "masks"):
+                (tmp_path / place).mkdir(exist_ok=True)
+                values = np.zeros((12, 8, 2), np.int16)
+                values[3:6, 2:5] = 1
+                nib.save(kind(values, np.diag([-2.0, 2, 2, 1])), tmp_path / f"{place}/c{case}.img")
+        say(tmp_path, {"lesion": 1})
+        dataset = open_own(tmp_path)
+        assert dataset.notes == [] and len(dataset) == 14 and contrast(dataset[0]) == 1
 
     def test_what_systems_leave_behind_is_no_label_and_unknown_files_are_named(self, tmp_path):
         for index in range(10):
@@ -763,6 +845,34 @@ class TestDicom:
         sources, _ = find_sources(tmp_path)
         assert [source.name for source in sources] == ["p_series1", "p_series2"]
         assert [source.decode().values.max() for source in sources] == [1, 2]
+
+    @pytest.mark.parametrize("slices", [1, 3])
+    def test_localizers_beside_a_series_are_left_out_and_named(self, tmp_path, slices):
+        self.dataset(tmp_path)
+        across = {"0008|0008": "ORIGINAL\\PRIMARY\\LOCALIZER", "0020|0037": "1\\0\\0\\0\\0\\-1"}
+        for patient in range(10):
+            names = [f"LOC{number}.dcm" for number in range(slices)]
+            self.write(tmp_path / "apart", np.zeros((slices, 8, 8)), uid=100 + patient, names=names, **across)
+            for path in (tmp_path / "apart").iterdir():
+                path.rename(tmp_path / f"images/p{patient}/{path.name}")
+        dataset = open_own(tmp_path)
+        assert len(dataset) == 42 and f"{10 * slices} DICOM localizers are left out" in dataset.notes[0]
+
+    def test_why_a_series_has_no_mask_is_said(self, tmp_path):
+        self.dataset(tmp_path / "two")
+        names = [f"B{number}.dcm" for number in range(3)]
+        self.write(tmp_path / "apart", np.zeros((3, 8, 8)), uid=99, names=names, **{"0020|0011": "7"})
+        for path in (tmp_path / "apart").iterdir():
+            path.rename(tmp_path / f"two/images/p0/{path.name}")
+        with pytest.raises(UserError, match=r"p0 holds 2 DICOM series .*7, 3 slices from B0\.dcm.*move the others"):
+            open_own(tmp_path / "two")
+        self.dataset(tmp_path / "nowhere")
+        for path in (tmp_path / "nowhere/images/p0").iterdir():
+            header = pydicom.dcmread(path)
+            del header.ImagePositionPatient
+            header.save_as(path)
+        with pytest.raises(UserError, match=r"the 6 DICOM files of .*p0 say no place \(ImagePositionPatient\)"):
+            open_own(tmp_path / "nowhere")
 
     def test_monochrome1_is_seen_as_viewers_show_it(self, tmp_path):
         scan = np.zeros((1, 8, 9))

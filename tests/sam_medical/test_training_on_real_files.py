@@ -154,7 +154,15 @@ class TestLabels:
             (["rein gauche"], ["rein gauche"]),
             (["leftLung", "heart"], ["leftLung"]),
             (["左肾", "右肾"], ["左肾", "右肾"]),
+            (["leftkidney", "rightkidney", "spleen"], ["leftkidney", "rightkidney"]),
+            (["LK", "RK", "liver"], ["LK", "RK"]),
+            (["LCA", "RCA"], ["LCA", "RCA"]),
+            (["disc OD", "disc OS", "cup"], ["disc OD", "disc OS"]),
+            (["kidney_l", "kidney_r"], ["kidney_l", "kidney_r"]),
+            (["kidneyleft", "kidneyright"], ["kidneyleft", "kidneyright"]),
+            (["nierelinks", "niererechts"], ["nierelinks", "niererechts"]),
             (["bright spot", "L1", "cleft"], []),
+            (["lung", "rib", "liver", "renal", "lesion", "over"], []),
         ],
     )
     def test_labels_with_a_side_are_known(self, labels, sided):
@@ -275,4 +283,5 @@ class TestInspectData:
         os.remove(small_lesions / "masks/f3.png")
         with pytest.raises(SystemExit):
             run(inspect_data, data_root=small_lesions)
-        assert "f3.png has no mask f3" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "f3.png has no mask f3" in said.out and "error: train: " in said.err and "f3.png has no" in said.err

@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ssam.data.geometry import is_usable, ras_affine
+from ssam.data.quiet import pydicom, simpleitk
 from ssam.errors import UserError, first_line
 
-NIFTI = (".nii.gz", ".nii", ".mgz")
+NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM = (".dcm", ".dicom", ".ima")
 TIFF = (".tif", ".tiff")
@@ -198,19 +199,17 @@ def _read_nifti(path: Path) -> Scan:
 
 
 def _read_itk(path: Path) -> Scan:
-    import SimpleITK
-
-    return _scan_of_itk(path, SimpleITK.ReadImage(str(path)))
+    itk = simpleitk()
+    return _scan_of_itk(path, itk.ReadImage(str(path)))
 
 
 def _scan_of_itk(path: Path, image: Any) -> Scan:
     """(X, Y, Z) from ITK's image, whose arrays begin with Z."""
-    import SimpleITK
-
-    values = SimpleITK.GetArrayFromImage(image)
+    itk = simpleitk()
+    values = itk.GetArrayFromImage(image)
     channels, dimension = image.GetNumberOfComponentsPerPixel(), image.GetDimension()
     if dimension == 2:
-        image, values, dimension = SimpleITK.JoinSeries(image), values[None], 3
+        image, values, dimension = itk.JoinSeries(image), values[None], 3
     if dimension == 4 and image.GetSize()[3] == 1:
         image, values, dimension = image[:, :, :, 0], values[0], 3
     if dimension != 3 or channels not in (1, 3, 4) or (channels == 4 and values.dtype != np.uint8):
@@ -224,22 +223,19 @@ def _scan_of_itk(path: Path, image: Any) -> Scan:
 
 
 def _read_series(path: Path, files: tuple[Path, ...]) -> Scan:
-    import SimpleITK
-
-    reader = SimpleITK.ImageSeriesReader()
+    itk = simpleitk()
+    reader = itk.ImageSeriesReader()
     reader.SetFileNames([str(file) for file in files])
     single = _itk_reader(files[0])
     if single.GetNumberOfComponents() == 1:
-        reader.SetOutputPixelType(SimpleITK.sitkFloat32)  # or the first slice's, which cuts off what others have
+        reader.SetOutputPixelType(itk.sitkFloat32)  # or the first slice's, which cuts off what others have
     scan = _scan_of_itk(path, reader.Execute())
     return replace(scan, modality=_tag(single, "0008|0060"), files=files)
 
 
 def _read_dicom(path: Path) -> Scan:
     """A file by itself: a picture, or several frames, as it is stored; in space only if it says where frames are."""
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    header = pydicom().dcmread(path, stop_before_pixels=True, force=True)
     modality = str(header.get("Modality", ""))
     if modality == "SEG":
         raise UserError(f"{path} is a DICOM SEG; save it as NIfTI, for example with 3D Slicer or dcmqi.")
@@ -258,9 +254,8 @@ def _read_dicom(path: Path) -> Scan:
 
 
 def _itk_reader(path: Path) -> Any:
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
+    itk = simpleitk()
+    reader = itk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     reader.ReadImageInformation()

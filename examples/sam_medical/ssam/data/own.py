@@ -25,7 +25,8 @@ from pathlib import Path
 
 from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
 from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
-from ssam.data.layouts import SPLIT_NAMES, Pair, Part, coco_split, has_images, read_part
+from ssam.data.layouts import SPLIT_NAMES, coco_split, has_images, read_part
+from ssam.data.parts import Pair, Part
 from ssam.data.reading import Reading, name_of, numbers_of, read_slice, scan_of
 from ssam.data.sources import folders_in
 from ssam.errors import UserError

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from ssam.data.decoding import Scan, decode, is_dicom, suffix_of
+from ssam.data.quiet import pydicom
 from ssam.errors import UserError, first_line
 
 JUNK_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 JUNK_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "dicomdir", ".ds_store"}
-# Pixels that a header beside them refers to.
-COMPANIONS = (".raw", ".zraw", ".raw.gz")
+# Pixels that a header beside them refers to, or the header of such pixels.
+COMPANIONS = (".raw", ".zraw", ".raw.gz", ".hdr")
 HEADER_TAGS = (
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -29,6 +30,7 @@ HEADER_TAGS = (
     "Columns",
     "NumberOfFrames",
     "AcquisitionNumber",
+    "ImageType",
 )
 # Of the usual distance of two slices.
 UNEVEN = 0.1
@@ -43,12 +45,16 @@ class Source:
         name: Its place in the folder it was found in, without the ending: what a mask of it is called.
         files: Of a series, its slices from one end to the other.
         problem: Why it cannot be read, where that is known already.
+        is_localizer: Whether it is DICOM's picture for planning a scan, which nobody segments.
+        hint: What to do if it should have a mask and has none.
     """
 
     path: Path
     name: str
     files: tuple[Path, ...] = ()
     problem: str = ""
+    is_localizer: bool = False
+    hint: str = ""
 
     @property
     def key(self) -> str:
@@ -149,12 +155,17 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
         return [_single(path, folder) for path in paths]
     series: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
     singles: list[Source] = []
+    unplaced = []
     for path in paths:
         header = _header(path)
-        if header is not None and "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1:
+        is_slice = header is not None and int(header.get("NumberOfFrames") or 1) == 1
+        if header is not None and "LOCALIZER" in (header.get("ImageType") or ()):
+            singles.append(replace(_single(path, folder), is_localizer=True))
+        elif is_slice and "ImagePositionPatient" in header:
             series[_series_key(header)].append((path, header))
         else:
-            singles.append(_single(path, folder))
+            unplaced.append(_single(path, folder))
+    singles += [replace(source, hint=_hint_on_places(inner, len(unplaced))) for source in unplaced]
     volumes = [slices for slices in series.values() if len(slices) > 1]
     singles += [_single(slices[0][0], folder) for slices in series.values() if len(slices) == 1]
     place = inner.relative_to(folder).as_posix()
@@ -162,7 +173,8 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     many = len(volumes) > 1
     for number, slices in enumerate(volumes, start=1):
         said = slices[0][1].get("SeriesNumber")
-        singles.append(_volume(inner, f"{name}_series{said or number}" if many else name, slices))
+        volume = _volume(inner, f"{name}_series{said or number}" if many else name, slices)
+        singles.append(replace(volume, hint=_hint_on_series(inner, volumes) if many else ""))
     names = [source.key for source in singles]
     if len(set(names)) < len(names):  # two series of one number
         singles = [
@@ -172,11 +184,29 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     return singles
 
 
-def _header(path: Path) -> Any:
-    import pydicom
+def _hint_on_places(folder: Path, count: int) -> str:
+    if count < 2:
+        return ""
+    return (
+        f"the {count} DICOM files of {folder} say no place (ImagePositionPatient), so each is a picture of its own: "
+        "give each a mask of its name, or save them as a volume, with dcm2niix for example."
+    )
 
+
+def _hint_on_series(folder: Path, volumes: Sequence[Sequence[tuple[Path, Any]]]) -> str:
+    said = "; ".join(
+        f"series {slices[0][1].get('SeriesNumber')}, {len(slices)} slices from {slices[0][0].name}"
+        for slices in volumes
+    )
+    return (
+        f"{folder} holds {len(volumes)} DICOM series ({said}): leave the one that was segmented there, and move the "
+        "others."
+    )
+
+
+def _header(path: Path) -> Any:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
+        return pydicom().dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
     except Exception:
         return None  # which decoding it will say more of
 
