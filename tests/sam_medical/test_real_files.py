@@ -65,6 +65,57 @@ def as_codes(image, codes):
     return image.as_reoriented(turn)
 
 
+def group(**elements):
+    dataset = pydicom.Dataset()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def write_enhanced_ct(path, scan, order, tilt=0.0):
+    """One file of several frames in any order, in Hounsfield units with 1024 added."""
+    frames = [
+        group(
+            PlanePositionSequence=[group(ImagePositionPatient=[-10, -12 + tilt * place, 5.0 * place])],
+            FrameContentSequence=[
+                group(StackID="1", InStackPositionNumber=place + 1, DimensionIndexValues=[1, place + 1])
+            ],
+        )
+        for place in order
+    ]
+    shared = group(
+        PixelMeasuresSequence=[group(PixelSpacing=[0.9, 0.8], SliceThickness=5, SpacingBetweenSlices=5)],
+        PlaneOrientationSequence=[group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+        PixelValueTransformationSequence=[group(RescaleIntercept=-1024, RescaleSlope=1, RescaleType="HU")],
+    )
+    uids = {name: pydicom.uid.generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
+    kind = "1.2.840.10008.5.1.4.1.1.2.1"
+    file = group(
+        **uids,
+        SOPClassUID=kind,
+        FrameOfReferenceUID=pydicom.uid.generate_uid(),
+        Modality="CT",
+        NumberOfFrames=len(order),
+        Rows=scan.shape[1],
+        Columns=scan.shape[2],
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+        PixelRepresentation=0,
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=frames,
+        PixelData=(scan[list(order)] + 1024).astype(np.uint16).tobytes(),
+        **dict.fromkeys(("PatientID", "PatientName", "StudyID", "StudyDate", "StudyTime", "AccessionNumber"), ""),
+        **dict.fromkeys(("PatientBirthDate", "PatientSex", "ReferringPhysicianName"), ""),
+    )
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID, file.file_meta.MediaStorageSOPInstanceUID = kind, file.SOPInstanceUID
+    file.save_as(path, enforce_file_format=True)
+
+
 class TestIntensities:
     @pytest.fixture
     def ct(self, tmp_path):
@@ -836,6 +887,26 @@ class TestDicom:
         (_, source), _ = find_sources(tmp_path)
         with pytest.raises(UserError, match="has two slices in one place"):
             source.decode()
+
+    def test_a_tilted_gantry_is_refused(self, tmp_path):
+        for number in range(3):
+            place = {"0020|0032": f"-10\\{1.5 * number}\\{5.0 * number}"}
+            self.write(tmp_path / "p", np.zeros((1, 8, 8)), names=[f"{number}.dcm"], **place)
+        (source,), _ = find_sources(tmp_path)
+        with pytest.raises(UserError, match=r"p has slices that do not lie .*tilted by 17 degrees.*dcm2niix"):
+            source.decode()
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+    def test_frames_of_one_file_lie_where_they_say(self, tmp_path, order):
+        scan = np.arange(3)[:, None, None] * 10 + np.zeros((3, 6, 8), int)
+        scan[2, 1, 4] = -500
+        write_enhanced_ct(tmp_path / "a.dcm", scan, order)
+        found = decode(tmp_path / "a.dcm")
+        assert found.values[0, 0].tolist() == [0, 10, 20] and np.argwhere(found.values == -500).tolist() == [[4, 1, 2]]
+        np.testing.assert_allclose(found.affine[:3], [[-0.8, 0, 0, 10], [0, -0.9, 0, 12], [0, 0, 5, 0]])
+        write_enhanced_ct(tmp_path / "b.dcm", scan, order, tilt=1.5)
+        with pytest.raises(UserError, match="tilted by 17 degrees"):
+            decode(tmp_path / "b.dcm")
 
     def test_two_series_in_a_folder_are_two_volumes(self, tmp_path):
         names = ([f"a{number}.dcm" for number in range(3)], [f"b{number}.dcm" for number in range(3)])

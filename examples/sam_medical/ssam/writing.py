@@ -112,6 +112,8 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
+    if scan.frames:
+        volumes = volumes[:, np.argsort(scan.frames)]
     images = [pydicom().dcmread(file, force=True) for file in scan.files]
     for image in images:  # what a SEG must refer to, and some files lack; the same for all of a series
         image.setdefault("FrameOfReferenceUID", generate_uid(entropy_srcs=[str(image.SeriesInstanceUID)]))

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from ssam.data.geometry import is_usable, ras_affine
 from ssam.data.quiet import pydicom, simpleitk
+from ssam.data.stacking import normal_of, order_of, problem_of
 from ssam.errors import UserError, first_line
 
 NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
@@ -54,6 +55,7 @@ class Scan:
         alpha: (N, H, W), of eight bits, where there is any.
         lossy: Whether the format changes values.
         files: Of DICOM, the slices in their order, or the one file.
+        frames: Of a DICOM file of several slices, the numbers of its frames in the slices' order.
         pixel_mm2: Of a DICOM picture, the area of a pixel, where it says so.
         remark: What was done to its values, if anything.
     """
@@ -67,6 +69,7 @@ class Scan:
     alpha: np.ndarray | None = None
     lossy: bool = False
     files: tuple[Path, ...] = ()
+    frames: tuple[int, ...] = ()
     pixel_mm2: float | None = None
     remark: str = ""
 
@@ -246,11 +249,43 @@ def _read_dicom(path: Path) -> Scan:
     # ITK has turned MONOCHROME1, whose highest is black, round.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
     if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(header):
-        return scan
+        return _in_order(scan, header)
     says_spacing = "PixelSpacing" in header or "ImagerPixelSpacing" in header
     area = float(np.prod(image.GetSpacing()[:2])) if says_spacing else None
     pictures = np.swapaxes(scan.values, 0, 2)
     return replace(scan, values=pictures, affine=None, is_stack=len(pictures) > 1, pixel_mm2=area)
+
+
+def _in_order(scan: Scan, header: Any) -> Scan:
+    """Frames from one end to the other: DICOM lets them come in any order, and ITK takes them as they come."""
+    shared = header.get("SharedFunctionalGroupsSequence", [None])[0]
+    frames = header.PerFrameFunctionalGroupsSequence
+
+    def of_each(sequence: str, keyword: str) -> list[Any]:
+        groups = [frame if sequence in frame else shared for frame in frames]
+        return [list(group[sequence].value[0][keyword].value) for group in groups]
+
+    orientations = np.array(of_each("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
+    if np.abs(orientations - orientations[0]).max() > 1e-3:
+        raise UserError(f"{scan.path} holds frames in several directions; save each stack as a file of its own.")
+    places = np.array(of_each("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
+    normal = normal_of(orientations[0])
+    order = order_of(places, normal)
+    problem = problem_of(places[order], normal, [f"frame {number + 1}" for number in order])
+    if problem:
+        raise UserError(f"{scan.path} has {problem}")
+    rescaled = {str(frame.get("PixelValueTransformationSequence", "")) for frame in frames}
+    if len(rescaled) > 1:
+        raise UserError(
+            f"{scan.path} rescales each frame in another way; save it as NIfTI, with dcm2niix for example."
+        )
+    rows, columns = orientations[0][3:], orientations[0][:3]
+    down, right = (float(side) for side in of_each("PixelMeasuresSequence", "PixelSpacing")[0])
+    step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
+    spacing = (right, down, float(np.linalg.norm(step)))
+    direction = np.stack([columns, rows, step / spacing[2]], axis=1)
+    affine = ras_affine(spacing, tuple(places[order[0]]), tuple(direction.ravel()))
+    return replace(scan, values=scan.values[:, :, order], affine=affine, frames=tuple(int(place) for place in order))
 
 
 def _itk_reader(path: Path) -> Any:
@@ -268,7 +303,12 @@ def _tag(reader: Any, key: str) -> str:
 
 def _has_places(header: Any) -> bool:
     """Whether a file of several frames says where they are, as enhanced CT and MR do, and films do not."""
-    return "PerFrameFunctionalGroupsSequence" in header and "FrameOfReferenceUID" in header
+    groups = [
+        *header.get("SharedFunctionalGroupsSequence", []),
+        *header.get("PerFrameFunctionalGroupsSequence", [])[:1],
+    ]
+    said = {element.keyword for group in groups for element in group}
+    return said >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
 
 
 def _read_tiff(path: Path) -> Scan:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ssam.data.decoding import Scan, decode, is_dicom, suffix_of
 from ssam.data.quiet import pydicom
+from ssam.data.stacking import normal_of, order_of, problem_of
 from ssam.errors import UserError, first_line
 
 JUNK_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
@@ -32,8 +33,6 @@ HEADER_TAGS = (
     "AcquisitionNumber",
     "ImageType",
 )
-# Of the usual distance of two slices.
-UNEVEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -219,26 +218,11 @@ def _series_key(header: Any) -> tuple[Any, ...]:
 def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
     """A series in the order of its slices' positions, with what is wrong with them."""
     try:
-        across = np.array(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), dtype=float)
-        normal = np.cross(across[:3], across[3:])
-        places = [float(np.dot(normal, np.array(header.ImagePositionPatient, dtype=float))) for _, header in slices]
+        normal = normal_of(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]))
+        places = np.array([header.ImagePositionPatient for _, header in slices], dtype=float)
+        order = order_of(places, normal)
     except (ValueError, TypeError) as error:
         return Source(path, name, problem=f"{path} has slices without a place ({first_line(error)}); remove them.")
-    order = np.argsort(places, kind="stable")
     files = tuple(slices[index][0] for index in order)
-    gaps = np.diff(np.array(places)[order])
-    usual = float(np.median(gaps))
-    problem = ""
-    if gaps.min() < 1e-3:
-        first = int(gaps.argmin())
-        problem = (
-            f"{path} has two slices in one place, {files[first].name} and {files[first + 1].name}: several time "
-            "points, echoes or copies; keep one of them."
-        )
-    elif np.abs(gaps - usual).max() > UNEVEN * usual:
-        first = int(np.abs(gaps - usual).argmax())
-        problem = (
-            f"{path} has slices {usual:g} mm apart, but {files[first].name} and {files[first + 1].name} are "
-            f"{gaps[first]:g} mm apart; add the slices that are missing, or save it as an even volume."
-        )
-    return Source(path, name, files, problem)
+    problem = problem_of(places[order], normal, [file.name for file in files])
+    return Source(path, name, files, f"{path} has {problem}" if problem else "")
