@@ -603,10 +603,26 @@ class TestPictures:
             save(tmp_path / name, colours, **({"lossless": True} if name == "a.webp" else {}))
             np.testing.assert_array_equal(decode(tmp_path / name).values[0], colours)
         save(tmp_path / "cmyk.jpg", Image.fromarray(colours).convert("CMYK"), quality=95)
+        save(tmp_path / "cmyk.tif", Image.fromarray(colours).convert("CMYK"))
+        np.testing.assert_array_equal(decode(tmp_path / "cmyk.tif").values[0], colours)
         assert np.abs(decode(tmp_path / "cmyk.jpg").values[0].astype(int) - colours)[2:6, :2].max() < 12
         tifffile.imwrite(tmp_path / "deep.tif", colours.astype(np.uint16) * 257, photometric="rgb")
         grey = _read(tmp_path / "deep.tif", None)
         assert grey[:, :4].min() == 1 and grey[:, 4:].max() == 0
+
+    def test_a_large_stack_without_compression_stays_on_the_disk(self, tmp_path, monkeypatch):
+        stack = np.arange(5 * 48 * 64, dtype=np.uint16).reshape(5, 48, 64)
+        for compression in (None, "zlib"):
+            path = tmp_path / f"{compression}.ome.tif"
+            tifffile.imwrite(path, stack, metadata={"axes": "ZYX"}, compression=compression)
+            monkeypatch.setattr("ssam.data.decoding.MAPPED_FROM", 1000)
+            values = decode(path).values
+            assert isinstance(values, np.memmap) == (compression is None)
+            np.testing.assert_array_equal(values, stack)
+            assert source_of_file(path).name == str(compression)
+        monkeypatch.setattr("ssam.data.decoding.MOST_BYTES", 1000)
+        with pytest.raises(UserError, match=r"zlib\.ome\.tif holds 0\.0 GB, more than .*; cut it into smaller stacks"):
+            decode(path)
 
     def test_what_is_too_large_is_refused_before_it_is_read(self, tmp_path):
         Image.new("1", (14000, 14000)).save(tmp_path / "slide.png")

@@ -98,7 +98,7 @@ class TestSmallThings:
         assert batch["images"][0, 0, :10].min() > 0.9 and batch["images"][0, 0, 12:].max() < 0.1
         assert batch["masks"][0, 0].sum() == pytest.approx(400, abs=1)
 
-    @pytest.mark.parametrize("height, width", [(1, 200), (300, 3)])
+    @pytest.mark.parametrize("height, width", [(1, 200), (300, 3), (3, 3000)])
     def test_thin_pictures_are_trained_on_and_drawn(self, run, options, tmp_path, height, width):
         for index in range(10):
             mask = np.zeros((height, width), np.uint8)

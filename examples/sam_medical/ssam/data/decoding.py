@@ -25,7 +25,7 @@ from ssam.errors import UserError, first_line
 NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM = (".dcm", ".dicom", ".ima")
-TIFF = (".tif", ".tiff")
+TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
 VOLUMES = (*NIFTI, *ITK)
 EXTENSIONS = (*PICTURES, *TIFF, *DICOM, *VOLUMES)
@@ -36,6 +36,8 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 SEQUENCES = ("GIF", "WEBP", "PNG")
 # TIFF's photometric for CMYK.
 SEPARATED = 5
+# Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
+MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
 # Of a scan's values, by which it is judged.
 SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
@@ -88,10 +90,15 @@ class Scan:
     @cached_property
     def finite_range(self) -> tuple[float, float]:
         """The lowest and the highest value that is a number."""
-        values = self.values if self.values.dtype.kind in "iub" else self.values[np.isfinite(self.values)]
-        if not values.size:
+        lows, highs = [], []
+        for plane in self.values:  # each alone, since a large volume has no room for a copy of itself
+            numbers = plane if plane.dtype.kind in "iub" else plane[np.isfinite(plane)]
+            if numbers.size:
+                lows.append(float(numbers.min()))
+                highs.append(float(numbers.max()))
+        if not lows:
             raise UserError(f"{self.path} holds no numbers; replace or remove the file.")
-        return float(values.min()), float(values.max())
+        return min(lows), max(highs)
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -352,6 +359,13 @@ def _whole_pages(path: Path, file: Any) -> tuple[np.ndarray, str]:
         sizes = ", ".join(" x ".join(map(str, series.shape)) for series in whole)
         raise UserError(f"{path} holds pictures of different sizes, {sizes}; save each as a file of its own.")
     _check_pixels(path, *(size for axis, size in zip(first.axes, first.shape, strict=True) if axis in "YX"))
+    size = len(whole) * first.nbytes
+    if len(whole) == 1 and first.dataoffset is not None and first.dtype.isnative and size > MAPPED_FROM:
+        return np.memmap(path, first.dtype, "r", first.dataoffset, first.shape), first.axes
+    if size > MOST_BYTES:
+        raise UserError(
+            f"{path} holds {size / 1e9:.1f} GB, more than {MOST_BYTES / 1e9:g}; cut it into smaller stacks."
+        )
     if len(whole) == 1:
         return first.asarray(), first.axes
     return np.stack([series.asarray() for series in whole]), "I" + first.axes
