@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 
 from ssam.data import Reading, open_dataset, settle_reading
 from ssam.data.decoding import decode
@@ -395,6 +395,25 @@ class TestMasks:
         with pytest.raises(UserError, match=r"0\.png holds 1, 2, 3, 4, 5.* labels\.json"):
             self.one(tmp_path, things, image_size=(90, 90), **how)
 
+    def test_the_white_border_that_voc_draws_is_an_error_in_a_mask_of_one_label(self, tmp_path):
+        mask = disk().astype(np.uint8)
+        mask[binary_dilation(disk()) & ~disk()] = 255
+        with pytest.raises(UserError, match=r"holds 1 beside 255, and not as soft edges"):
+            self.one(tmp_path, mask)
+
+    @pytest.mark.parametrize("name, top", [("a.png", 256), ("a.png", 214), ("a.jpg", 256)])
+    def test_a_picture_in_place_of_a_mask_is_an_error(self, tmp_path, name, top):
+        grey = np.random.default_rng(0).integers(0, top, (48, 64)).astype(np.uint8)
+        with pytest.raises(UserError, match=r"most of them between black and white: a picture, and no mask"):
+            self.one(tmp_path, grey, name)
+
+    def test_whole_numbers_that_a_slope_has_made_are_labels(self, tmp_path):
+        for case in range(10):
+            save_nifti(tmp_path / f"images/{case}.nii.gz", np.zeros((12, 8, 2), np.int16))
+            save_nifti(tmp_path / f"masks/{case}.nii.gz", np.full((12, 8, 2), 2 * 0.9999999, np.float32))
+        say(tmp_path, {"a": 1, "b": 2})
+        assert open_own(tmp_path)[0].masks.mean((1, 2)).tolist() == [0, 1]
+
     @pytest.mark.parametrize("quality", [10, 50, 75, 95, 100])
     @pytest.mark.parametrize("shape", [disk(), disk(radius=3), np.pad(np.ones((21, 31), bool), ((3, 24), (5, 28)))])
     def test_jpeg_masks_that_were_saved_again_as_png_are_cut_at_half(self, tmp_path, quality, shape):
@@ -743,6 +762,33 @@ class TestLayouts:
         dataset = open_own(tmp_path)
         np.testing.assert_array_equal(dataset[0].masks[0], one | two)
         assert "benign (0)_mask.png with benign (0).png" in dataset.notes[0]
+
+    @pytest.mark.parametrize(
+        "image, mask",
+        [
+            ("img/img{:04}", "label/label{:04}"),
+            ("volume-{}", "segmentation-{}"),
+            ("case_{:05}/imaging", "case_{:05}/segmentation"),
+        ],
+        ids=["BTCV", "LiTS", "KiTS"],
+    )
+    def test_numbers_behind_other_words_are_matched(self, tmp_path, image, mask):
+        for case in range(12):
+            scan, place = np.zeros((12, 8, 2), np.int16), np.zeros((12, 8, 2), np.uint8)
+            place[case] = 1
+            save_nifti(tmp_path / f"{image.format(case)}.nii.gz", scan + 900 * place.astype(np.int16))
+            save_nifti(tmp_path / f"{mask.format(case)}.nii.gz", place)
+        say(tmp_path, {"liver": 1})
+        samples = samples_of(open_own(tmp_path))
+        assert len(samples) == 18 and min(map(contrast, samples)) > 0.9
+
+    def test_a_link_that_leads_back_is_not_followed(self, tmp_path):
+        for index in range(10):
+            for kind in ("images", "masks"):
+                save(tmp_path / f"{kind}/{index}.png", np.ones((8, 9), np.uint8))
+        (tmp_path / "images/again").symlink_to(tmp_path / "images")
+        say(tmp_path, {"thing": 1})
+        assert len(open_own(tmp_path)) == 7
 
     def test_masks_beside_their_images(self, tmp_path):
         for index in range(10):

@@ -24,6 +24,9 @@ FLAT_SHARE = 0.1
 LEAST_GAP = 1 / 3
 # Pixels, as far as JPEG's blocks and their filters carry what an edge leaves.
 REACH_OF_EDGES = 16
+LEAST_GREYS = 32
+# Of whole numbers that a header's slope has made of other ones.
+ROUNDING = 1e-3
 NAMED_AT_MOST = 8
 
 
@@ -46,6 +49,11 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
         return values > (127 if layer.lossy else 0)
     if len(distinct) == 2:
         return values > (low + high) / 2
+    if _is_picture(values, distinct):
+        raise UserError(
+            f"{layer.path} holds {len(distinct)} values, most of them between black and white: a picture, and no "
+            "mask; put in the mask."
+        )
     if layer.lossy:
         if high < LEAST_WHITE:
             raise UserError(f"{layer.path} holds 0 to {high:g} in a format that changes values; save the mask as PNG.")
@@ -183,8 +191,9 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
     if values.ndim == 2:
-        if values.dtype.kind == "f" and np.isfinite(values).all() and (values == np.rint(values)).all():
-            values = values.astype(int)
+        if values.dtype.kind == "f" and np.isfinite(values).all():
+            whole = np.rint(values)
+            values = whole.astype(int) if np.abs(values - whole).max() < ROUNDING else values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
         if layer.alpha is not None:
@@ -254,11 +263,23 @@ def _has_numbers(values: np.ndarray, distinct: np.ndarray) -> bool:
     return bool((is_even & (np.bincount(parts.ravel(), minlength=1)[1:] > 1)).any())
 
 
+def _is_picture(values: np.ndarray, distinct: np.ndarray) -> bool:
+    """Whether most pixels are grey, and few are like all those around them, as numbers of things would be."""
+    if len(distinct) < LEAST_GREYS:
+        return False
+    low, high = float(distinct[0]), float(distinct[-1])
+    grey = (values > low + 0.1 * (high - low)) & (values < high - 0.1 * (high - low))
+    flat = grey & (ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3))
+    return bool(grey.mean() > 0.5 and flat.sum() < 0.2 * grey.sum())
+
+
 def _flat_pixels(values: np.ndarray, where: np.ndarray) -> int:
     """How many pixels lie in the midst of a part of one value, of the commonest, that is no step of a slope."""
     lowest, highest = ndimage.minimum_filter(values, 3), ndimage.maximum_filter(values, 3)
     flat = where & (lowest == highest)
     found, sizes = np.unique(values[flat], return_counts=True)
+    cross = ndimage.generate_binary_structure(2, 1)
+    lowest, highest = (some(values, footprint=cross) for some in (ndimage.minimum_filter, ndimage.maximum_filter))
     count = 0
     for value in found[np.argsort(-sizes)][:NAMED_AT_MOST]:
         parts, number = ndimage.label(values == value, np.ones((3, 3)))

@@ -10,11 +10,12 @@ from ssam.data.annotations import Annotation
 from ssam.data.decoding import EXTENSIONS
 from ssam.data.sources import Source, folders_in
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "jpegimages")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 MASK_FOLDERS = (
     "masks",
     "mask",
     "labels",
+    "label",
     "annotations",
     "segmentations",
     "segmentation",

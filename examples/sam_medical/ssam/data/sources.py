@@ -125,8 +125,14 @@ def by_key(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def _walk(folder: Path, skip: Sequence[Path]) -> Iterator[tuple[Path, list[Path]]]:
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         inner = Path(root)
+        place = inner.resolve()
+        if place in seen:  # a link that leads back
+            folders[:] = []
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not is_junk(inner / name) and inner / name not in skip)
         yield inner, sorted(inner / name for name in names if not is_junk(Path(name)))
 
