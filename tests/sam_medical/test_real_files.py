@@ -665,6 +665,17 @@ class TestLayouts:
         with pytest.raises(UserError, match=r"case_000_0000\.nii\.gz has 2 channels"):
             open_own(tmp_path)
 
+    def test_nnunet_has_colours_as_channels_of_one_file(self, tmp_path):
+        for case in range(10):
+            colours = np.zeros((48, 64, 3), np.uint8)
+            colours[disk()] = (200, 30, 40)
+            save(tmp_path / f"imagesTr/c_{case:03}_0000.png", colours)
+            save(tmp_path / f"labelsTr/c_{case:03}.png", disk().astype(np.uint8))
+        channels = {"0": "R", "1": "G", "2": "B"}
+        say(tmp_path, {"channel_names": channels, "labels": {"background": 0, "polyp": 1}}, "dataset.json")
+        sample = open_own(tmp_path)[0]
+        np.testing.assert_allclose(sample.image[sample.masks[0]].mean(0) * 255, (200, 30, 40), rtol=1e-5)
+
     def test_the_decathlon(self, tmp_path):
         for case in range(10):
             save_nifti(tmp_path / f"imagesTr/liver_{case}.nii.gz", np.zeros((12, 8, 2), np.int16))
@@ -1027,6 +1038,7 @@ class TestDicom:
             "rtplan.dcm": "holds no picture, it is DICOM of the modality RTPLAN",
             "test-SR.dcm": "of the modality SR",
             "liver_1frame.dcm": "is a DICOM SEG; save it as NIfTI",
+            "SC_rgb_rle_16bit.dcm": "stored in a rare way, which ITK misreads",
             "MR_truncated.dcm": r"cannot be read as DICOM \(ITK ERROR",
         }.items():
             with pytest.raises(UserError, match=reason):

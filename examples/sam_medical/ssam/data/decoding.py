@@ -38,6 +38,7 @@ SEQUENCES = ("GIF", "WEBP", "PNG")
 SEPARATED = 5
 # Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
 MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
+RUN_LENGTHS, BIG_ENDIAN = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
 # Of a scan's values, by which it is judged.
 SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
@@ -252,6 +253,8 @@ def _read_dicom(path: Path) -> Scan:
     if "Rows" not in header:
         raise UserError(f"{path} holds no picture, it is DICOM of the modality {modality or 'none'}; remove it.")
     _check_pixels(path, int(header.Rows), int(header.Columns))
+    if _is_misread(header):
+        raise UserError(f"{path} is stored in a rare way, which ITK misreads; save it uncompressed, with dcmconv +te.")
     image = _itk_reader(path).Execute()
     # ITK has turned MONOCHROME1, whose highest is black, round.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
@@ -261,6 +264,14 @@ def _read_dicom(path: Path) -> Scan:
     area = float(np.prod(image.GetSpacing()[:2])) if says_spacing else None
     pictures = np.swapaxes(scan.values, 0, 2)
     return replace(scan, values=pictures, affine=None, is_stack=len(pictures) > 1, pixel_mm2=area)
+
+
+def _is_misread(header: Any) -> bool:
+    """Deep colours by run lengths, and 32 bits with the high end first."""
+    syntax, bits = header.file_meta.get("TransferSyntaxUID"), int(header.get("BitsAllocated") or 8)
+    return (syntax == RUN_LENGTHS and header.get("SamplesPerPixel") == 3 and bits > 8) or (
+        syntax == BIG_ENDIAN and bits > 16
+    )
 
 
 def _in_order(scan: Scan, header: Any) -> Scan:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ssam.data.annotations import CocoAnnotations, LabelMaps, LabelmeShapes, MaskOfEach
 from ssam.data.base import require_label_names
+from ssam.data.decoding import PICTURES, TIFF, suffix_of
 from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
 from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
 from ssam.data.parts import IMAGE_FOLDERS, MASK_FOLDERS, Pair, Part, folder_named, notes_on, notes_on_unused
@@ -27,6 +28,8 @@ SPLIT_NAMES = {
     "validation": ("validation", "val", "valid"),
     "test": ("test", "testing"),
 }
+# nnU-Net has red, green and blue as channels of one file.
+IN_COLOUR = (*PICTURES, *TIFF)
 COCO_KEYS = {"images", "annotations", "categories"}
 
 
@@ -214,7 +217,8 @@ def _nnunet(root: Path) -> Part:
     known = by_key(masks)
     numbered = [image for image in images if image.key not in known and CHANNEL.search(image.name)]
     several = [files for files in channels_of(numbered).values() if len(files) > 1]
-    if several or len(channels) > 1:
+    is_in_colour = not several and len(channels) == 3 and all(suffix_of(i.path.name) in IN_COLOUR for i in images)
+    if several or (len(channels) > 1 and not is_in_colour):
         first = several[0][0] if several else images[0]
         raise UserError(
             f"{first.path} has {max(len(channels), len(several[0]) if several else 0)} channels, by {path}; keep "
