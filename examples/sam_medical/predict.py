@@ -97,7 +97,9 @@ class Segmenter:
             masks = np.stack([as_stored(scan, plane, mask).transpose(2, 1, 0) for mask in masks])
         try:
             write_dicom_seg(scan, masks, self.task.labels, folder_in(output, "dicom-seg", *below.parts) / stem)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except AttributeError as error:
+            return {"no_dicom_seg": f"the file does not say its {error.name}"}
+        except (ValueError, KeyError, TypeError) as error:
             return {"no_dicom_seg": first_line(error)}
         return {}
 

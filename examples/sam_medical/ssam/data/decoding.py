@@ -187,6 +187,7 @@ def _reason(error: Exception) -> str:
 def _read_nifti(path: Path) -> Scan:
     import nibabel
 
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
     file: Any = nibabel.load(path)
     shape = tuple(file.shape)
     while len(shape) > 3 and shape[-1] == 1:
