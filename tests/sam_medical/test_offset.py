@@ -132,6 +132,15 @@ def test_what_comes_out_black_or_white_is_said(run, tmp_path, capsys):
     assert "hold one value everywhere" in flat[0]
 
 
+@pytest.mark.parametrize("top", [1, 255])
+def test_ct_that_was_normalised_is_said(tmp_path, top):
+    values = np.linspace(0, top, 12 * 12 * 2, dtype=np.float32).reshape(12, 12, 2)
+    save_nifti(tmp_path / "a.nii.gz", values)
+    scan = decode(tmp_path / "a.nii.gz")
+    assert "which are no Hounsfield units; give --intensity percentile" in doubt_about(scan, Reading("auto:ct"))
+    assert doubt_about(scan, Reading("auto:percentile")) == ""
+
+
 def test_an_image_outside_of_its_window_is_said(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", (2000 + 100 * disk()[..., None]).astype(np.int16))
     scan = decode(tmp_path / "a.nii.gz")

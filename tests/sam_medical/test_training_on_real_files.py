@@ -279,6 +279,15 @@ class TestInspectData:
         assert "7 files: float32, LAS, 2.0 x 1.0 x 3.0 mm" in said and "percentiles of what is not background" in said
         assert "2 images are in two splits, first p0_000 of train, which is p7_000 of test" in said
 
+    def test_masks_that_are_all_of_each_image_are_said(self, run, tmp_path, capsys):
+        for index in range(10):
+            save(tmp_path / f"images/{index}.png", disk() * np.uint8(20 * index + 40))
+            save(tmp_path / f"masks/cyst/{index}.png", np.full((48, 64), 255, np.uint8))
+        run(inspect_data, data_root=tmp_path)
+        assert notes(capsys) == [
+            'note: "cyst" covers all of each of the 7 training images that have it; look at the masks'
+        ]
+
     def test_a_bad_mask_ends_in_one_line(self, run, small_lesions, capsys):
         os.remove(small_lesions / "masks/f3.png")
         with pytest.raises(SystemExit):

@@ -11,6 +11,8 @@ from ssam.data.reading import Reading
 
 # Of the values, beyond which a window shows next to nothing of a file.
 MOST_OUTSIDE = 0.99
+# Less than tissues differ by in Hounsfield units.
+LEAST_RANGE = 20
 # Of 255, below which a screen shows black.
 NEARLY_BLACK = 16
 DARK = (
@@ -31,6 +33,11 @@ def doubt_about(scan: Scan, reading: Reading) -> str:
     bounds = bounds_of(reading.intensity, scan, reading.modality)
     if bounds is None:
         return DARK if scan.is_eight_bit and high < NEARLY_BLACK else ""
+    if reading.intensity == AUTO_CT and _is_normalised(scan):
+        return (
+            f"lie between {low:g} and {high:g}, which are no Hounsfield units; give --intensity percentile:0.5,99.5, "
+            "or the files from before they were normalised"
+        )
     outside = min(float(np.mean((scan.sample <= first) | (scan.sample >= last))) for first, last in bounds)
     if outside > MOST_OUTSIDE and reading.intensity.startswith((AUTO_CT, "window")):
         first, last = bounds[0]
@@ -41,3 +48,10 @@ def doubt_about(scan: Scan, reading: Reading) -> str:
     if reading.intensity == AUTO_PERCENTILE and reading.offset == NONE and looks_like_1024(scan):
         return f"may be CT with {THOUSAND} added to its values; if they are, give --offset {THOUSAND}"
     return ""
+
+
+def _is_normalised(scan: Scan) -> bool:
+    """Whether somebody has brought values to 0 to 1, -1 to 1, a deviation of one, or 0 to 255."""
+    low, high = scan.finite_range
+    first, last = np.percentile(scan.sample, (0.5, 99.5))
+    return bool(last - first < LEAST_RANGE) or (low, high) == (0, 255)

@@ -99,10 +99,8 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
             f"{layer.path} holds {some}, between the labels {known_text}: it was interpolated, or saved in a "
             "format that changes values; make it anew with nearest neighbours, in PNG or NIfTI."
         )
-    raise UserError(
-        f"{layer.path} holds {some}, which belong to no label; known are {known_text}. Say in labels.json what they "
-        f'are, {{"NAME": {unknown[-1]:g}}}, or make them 0.'
-    )
+    remedy = f'Say in labels.json what they are, {{"NAME": {unknown[-1]:g}}}, or make' if unknown[-1] > 0 else "Make"
+    raise UserError(f"{layer.path} holds {some}, which belong to no label; known are {known_text}. {remedy} them 0.")
 
 
 def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Sequence[Colour]) -> np.ndarray:

@@ -160,6 +160,11 @@ def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
         f'no training image has the label "{label}": it cannot be learned, and is kept out of means'
         for label in train.absent()
     ]
+    lines += [
+        f'"{label}" covers all of each of the {count.images} training images that have it; look at the masks'
+        for label, count in train.labels.items()
+        if count.shares and min(count.shares) == 1
+    ]
     for label, count in train.labels.items():
         if count.vanished:
             lines.append(
