@@ -8,8 +8,8 @@ one of two ways:
 - or a folder of black and white masks for each label, ``masks/liver``, ``masks/tumor``; an image that has no mask in
   one of them does not have that label, nor has a split that lacks the folder.
 
-nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a patient
-are read as they are. Volumes and stacks are read slice by slice.
+nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a
+patient are read as they are. Volumes and stacks are read slice by slice.
 
 Where there are folders ``train``, ``validation`` and ``test``, they are the splits. Otherwise of every ten images, or
 volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
