@@ -52,7 +52,7 @@ def main() -> None:
     for split, problem in errors.items():
         print(f"{split}: {problem}\n")
     if not surveys:
-        raise UserError(f"no split of {options.dataset} can be read; see above.")
+        raise UserError(in_short(errors))
     said = warnings_of(surveys) if "train" in surveys else []
     for line in said:
         print(f"note: {line}")
@@ -68,7 +68,14 @@ def main() -> None:
         draw_contact_sheet(shown, Path(options.sheet))
         print(options.sheet)
     if errors:
-        raise UserError(f"{len(errors)} of the splits cannot be read, or hold files that cannot be used; see above.")
+        raise UserError(in_short(errors))
+
+
+def in_short(errors: Mapping[str, str]) -> str:
+    """The first thing that is wrong, and where there is more."""
+    (split, problem), *_ = errors.items()
+    others = [other for other, text in errors.items() if text != problem]
+    return f"{split}: {problem}" + (f" What is wrong in {' and '.join(others)} is said above." if others else "")
 
 
 def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], dict[str, str]]:
@@ -82,7 +89,7 @@ def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], d
             dataset = open_dataset(options.dataset, options.data_root, split, labels, reading)
             if split == "train":
                 reading = settle_reading(dataset)
-                dataset.reading = replace(dataset.reading, intensity=reading.intensity)
+                dataset.reading = replace(dataset.reading, intensity=reading.intensity, offset=reading.offset)
         except UserError as error:
             errors[split] = str(error)
             continue
@@ -94,6 +101,7 @@ def read_all(dataset: SegmentationDataset, split: str, survey: Survey, dump: Pat
     for index in tqdm(range(len(dataset)), desc=f"reading {split}", leave=False, disable=None):
         sample = dataset[index]
         survey.add(sample)
+        survey.look_at(dataset.scan(index), dataset.reading)
         if dump:
             with replacing_file(dump / f"{sample.name}.npz") as temporary:
                 np.savez_compressed(

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from ssam.adapter import load_adapter
 from ssam.data.decoding import Scan
+from ssam.data.doubts import doubt_about
 from ssam.data.folder import Slices, sources_to_segment
 from ssam.data.loading import evaluation_loader
-from ssam.data.reading import scan_of
+from ssam.data.reading import image_scan_of, scan_of
 from ssam.data.sources import Source
 from ssam.errors import UserError, first_line, one_line_errors
 from ssam.evaluation import predict_logits
@@ -71,7 +72,16 @@ class Segmenter:
             for label, mask, probability in zip(self.task.labels, masks, probabilities, strict=True)
         }
         seconds = round(time.monotonic() - started, 3)
-        return {"file": str(source.path), "name": source.name, "seconds": seconds, "labels": labels, **problems}
+        doubt = doubt_about(image_scan_of(source, self.task.reading), self.task.reading)
+        said = {"doubt": f"values {doubt}"} if doubt else {}
+        return {
+            "file": str(source.path),
+            "name": source.name,
+            "seconds": seconds,
+            "labels": labels,
+            **problems,
+            **said,
+        }
 
     def _write(self, source: Source, scan: Scan, masks: np.ndarray, probabilities: np.ndarray) -> dict[str, str]:
         output, plane = Path(self.options.output), self.task.plane
@@ -87,7 +97,9 @@ class Segmenter:
             masks = np.stack([as_stored(scan, plane, mask).transpose(2, 1, 0) for mask in masks])
         try:
             write_dicom_seg(scan, masks, self.task.labels, folder_in(output, "dicom-seg", *below.parts) / stem)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except AttributeError as error:
+            return {"no_dicom_seg": f"the file does not say its {error.name}"}
+        except (ValueError, KeyError, TypeError) as error:
             return {"no_dicom_seg": first_line(error)}
         return {}
 
@@ -114,6 +126,8 @@ def main() -> None:
     for entry in found:
         if "no_dicom_seg" in entry:
             print(f"note: {entry['file']} has masks, but no DICOM SEG: {entry['no_dicom_seg']}.", file=sys.stderr)
+        if "doubt" in entry:
+            print(f"note: {entry['file']}: {entry['doubt']}.", file=sys.stderr)
     print(f"Wrote the masks of {len(found)} files for {', '.join(task.labels)} to {options.output}.")
     if unread:
         print(f"{len(unread)} files were not read:", *unread, sep="\n  ", file=sys.stderr)

@@ -28,9 +28,10 @@ from accelerate.utils import set_seed
 
 from ssam.adapter import build_model, load_adapter
 from ssam.checkpoint import CHECKPOINT, check_states
-from ssam.data import SegmentationDataset, open_splits, settle_reading
+from ssam.data import Reading, SegmentationDataset, open_splits, settle_reading
 from ssam.data.augmentation import labels_with_a_side
 from ssam.data.loading import evaluation_loader, thinned
+from ssam.data.offset import NONE, in_words
 from ssam.data.survey import Survey, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks
@@ -68,7 +69,7 @@ def run(options: TrainOptions, started: float) -> None:
     set_seed(options.seed)
 
     splits = open_splits(options.dataset, options.data_root, options.labels, options.reading)
-    intensity = settle_splits(splits)
+    reading = settle_splits(splits)
     task = Task(
         dataset=options.dataset,
         labels=tuple(splits["train"].labels),
@@ -77,7 +78,8 @@ def run(options: TrainOptions, started: float) -> None:
         text_encoder=options.text_encoder,
         method=options.method,
         target_modules=options.target_modules,
-        intensity=intensity,
+        intensity=reading.intensity,
+        offset=reading.offset,
         plane=options.plane,
         fit=options.fit,
         tile=options.tile,
@@ -131,12 +133,12 @@ def run(options: TrainOptions, started: float) -> None:
     end_together(accelerator)
 
 
-def settle_splits(splits: Mapping[str, SegmentationDataset]) -> str:
+def settle_splits(splits: Mapping[str, SegmentationDataset]) -> Reading:
     """Lets all splits be read as the training images are, and says how."""
-    intensity = settle_reading(splits["train"]).intensity
+    reading = settle_reading(splits["train"])
     for dataset in splits.values():
-        dataset.reading = replace(dataset.reading, intensity=intensity)
-    return intensity
+        dataset.reading = replace(dataset.reading, intensity=reading.intensity, offset=reading.offset)
+    return reading
 
 
 def notes_before_training(
@@ -145,6 +147,8 @@ def notes_before_training(
     notes = list(dataset.notes)
     if dataset.reading.intensity != options.intensity:
         notes.append(f"intensity auto is {dataset.reading.intensity} here, and kept in the adapter")
+    if dataset.reading.offset not in (NONE, options.offset):
+        notes.append(f"{in_words(dataset.reading.offset)}; kept in the adapter")
     sided = labels_with_a_side(dataset.labels)
     if sided and options.augmentation != "none":
         notes.append(f"views are not mirrored, since labels have a side: {', '.join(sided)}")

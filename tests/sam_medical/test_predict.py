@@ -11,7 +11,7 @@ import SimpleITK as sitk
 import tifffile
 import torch
 from PIL import Image
-from test_real_files import SHIPPED, TestDicom, as_codes, save, save_nifti
+from test_real_files import SHIPPED, TestDicom, as_codes, save, save_nifti, write_enhanced_ct
 from torch import nn
 
 import predict
@@ -207,6 +207,24 @@ class TestDicomOut:
         for source, plane in zip(sources, truth, strict=True):
             found = frames.get(source.SOPInstanceUID, np.zeros_like(plane))
             np.testing.assert_array_equal(found, plane)
+
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+    def test_frames_of_one_file_give_nifti_and_a_seg_that_refers_to_them(self, segment, tmp_path, order, capfd):
+        truth = np.zeros((4, 16, 20), bool)
+        for place in range(1, 4):
+            truth[place, 2:9, 3 : 6 + 2 * place] = True
+        (tmp_path / "in").mkdir()
+        write_enhanced_ct(tmp_path / "in/a.dcm", np.where(truth, 200, -100), order)
+        folder = segment(tmp_path / "in", image_size=20)
+        mask = nib.load(folder / "a.nii.gz")
+        np.testing.assert_array_equal(np.asarray(mask.dataobj).transpose(2, 1, 0) > 0, truth)
+        np.testing.assert_allclose(mask.affine[:3, 3], (10, 12, 0), atol=1e-5)
+        seg = pydicom.dcmread(tmp_path / "masks/dicom-seg/a.dcm")
+        for frame, pixels in zip(seg.PerFrameFunctionalGroupsSequence, seg.pixel_array, strict=True):
+            if frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber == 1:
+                place = round(frame.PlanePositionSequence[0].ImagePositionPatient[2] / 5)
+                np.testing.assert_array_equal(pixels > 0, truth[place])
+        assert "arning" not in capfd.readouterr().err
 
     def test_files_that_pydicom_ships(self, segment, tmp_path):
         (tmp_path / "in").mkdir()

@@ -388,7 +388,9 @@ class TestOwnData:
         with pytest.raises(UserError, match=r"has the label '\.\./cyst'; its name is also a folder's"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": "7"}')
-        with pytest.raises(UserError, match=r"labels\.json must give each label a whole number"):
+        with pytest.raises(
+            UserError, match=r"labels\.json gives 'vessel' the value '7'; it must give each label a whole"
+        ):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").unlink()
         with pytest.raises(UserError, match=r"the labels of .*masks are unknown: put a labels\.json beside it"):

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 
 from ssam.data import Reading, open_dataset, settle_reading
 from ssam.data.decoding import decode
@@ -63,6 +63,57 @@ def as_codes(image, codes):
         nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
     )
     return image.as_reoriented(turn)
+
+
+def group(**elements):
+    dataset = pydicom.Dataset()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def write_enhanced_ct(path, scan, order, tilt=0.0):
+    """One file of several frames in any order, in Hounsfield units with 1024 added."""
+    frames = [
+        group(
+            PlanePositionSequence=[group(ImagePositionPatient=[-10, -12 + tilt * place, 5.0 * place])],
+            FrameContentSequence=[
+                group(StackID="1", InStackPositionNumber=place + 1, DimensionIndexValues=[1, place + 1])
+            ],
+        )
+        for place in order
+    ]
+    shared = group(
+        PixelMeasuresSequence=[group(PixelSpacing=[0.9, 0.8], SliceThickness=5, SpacingBetweenSlices=5)],
+        PlaneOrientationSequence=[group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+        PixelValueTransformationSequence=[group(RescaleIntercept=-1024, RescaleSlope=1, RescaleType="HU")],
+    )
+    uids = {name: pydicom.uid.generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
+    kind = "1.2.840.10008.5.1.4.1.1.2.1"
+    file = group(
+        **uids,
+        SOPClassUID=kind,
+        FrameOfReferenceUID=pydicom.uid.generate_uid(),
+        Modality="CT",
+        NumberOfFrames=len(order),
+        Rows=scan.shape[1],
+        Columns=scan.shape[2],
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+        PixelRepresentation=0,
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=frames,
+        PixelData=(scan[list(order)] + 1024).astype(np.uint16).tobytes(),
+        **dict.fromkeys(("PatientID", "PatientName", "StudyID", "StudyDate", "StudyTime", "AccessionNumber"), ""),
+        **dict.fromkeys(("PatientBirthDate", "PatientSex", "ReferringPhysicianName"), ""),
+    )
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID, file.file_meta.MediaStorageSOPInstanceUID = kind, file.SOPInstanceUID
+    file.save_as(path, enforce_file_format=True)
 
 
 class TestIntensities:
@@ -334,6 +385,42 @@ class TestMasks:
         soft = soft.round().astype(np.uint8)
         np.testing.assert_array_equal(self.one(tmp_path, soft)[0], soft > soft.max() / 2)
 
+    @pytest.mark.parametrize("size", [2, 3, 10], ids=lambda size: f"{size} pixels wide")
+    @pytest.mark.parametrize("how", [{}, {"labels": {"cell": 255}}], ids=["by folder", "by labels.json"])
+    def test_numbers_of_things_beside_white_are_an_error(self, tmp_path, size, how):
+        things = np.zeros((90, 90), np.uint8)
+        things[60:80, 60:80] = 255
+        for number in range(1, 6):
+            things[2:][:size, 17 * number - 15 :][:, :size] = number
+        with pytest.raises(UserError, match=r"0\.png holds 1, 2, 3, 4, 5.* labels\.json"):
+            self.one(tmp_path, things, image_size=(90, 90), **how)
+
+    def test_the_white_border_that_voc_draws_is_an_error_in_a_mask_of_one_label(self, tmp_path):
+        mask = disk().astype(np.uint8)
+        mask[binary_dilation(disk()) & ~disk()] = 255
+        with pytest.raises(UserError, match=r"holds 1 beside 255, and not as soft edges"):
+            self.one(tmp_path, mask)
+
+    @pytest.mark.parametrize("name, top", [("a.png", 256), ("a.png", 214), ("a.jpg", 256)])
+    def test_a_picture_in_place_of_a_mask_is_an_error(self, tmp_path, name, top):
+        grey = np.random.default_rng(0).integers(0, top, (48, 64)).astype(np.uint8)
+        with pytest.raises(UserError, match=r"most of them between black and white: a picture, and no mask"):
+            self.one(tmp_path, grey, name)
+
+    def test_whole_numbers_that_a_slope_has_made_are_labels(self, tmp_path):
+        for case in range(10):
+            save_nifti(tmp_path / f"images/{case}.nii.gz", np.zeros((12, 8, 2), np.int16))
+            save_nifti(tmp_path / f"masks/{case}.nii.gz", np.full((12, 8, 2), 2 * 0.9999999, np.float32))
+        say(tmp_path, {"a": 1, "b": 2})
+        assert open_own(tmp_path)[0].masks.mean((1, 2)).tolist() == [0, 1]
+
+    @pytest.mark.parametrize("quality", [10, 50, 75, 95, 100])
+    @pytest.mark.parametrize("shape", [disk(), disk(radius=3), np.pad(np.ones((21, 31), bool), ((3, 24), (5, 28)))])
+    def test_jpeg_masks_that_were_saved_again_as_png_are_cut_at_half(self, tmp_path, quality, shape):
+        save(tmp_path / "once.jpg", shape * np.uint8(255), quality=quality)
+        grey = np.asarray(Image.open(tmp_path / "once.jpg"))
+        np.testing.assert_array_equal(self.one(tmp_path, grey)[0], grey > 127)
+
     @pytest.mark.parametrize("white", [1, 2, 128, 255])
     def test_two_values_are_a_label_whatever_they_are(self, tmp_path, white):
         np.testing.assert_array_equal(self.one(tmp_path, disk() * np.uint8(white))[0], disk())
@@ -444,6 +531,25 @@ class TestMasks:
         with pytest.raises(UserError, match="gives 'a' twice"):
             open_own(tmp_path / "utf-16")
 
+    @pytest.mark.parametrize(
+        "content, said",
+        [
+            ({"liver": 1, "tumor": 1.5}, "gives 'tumor' the value 1.5"),
+            ({"liver": 1, "tumor": 1}, "gives 'liver' and 'tumor' one value, 1"),
+            ({"liver": "#ff0000", "tumor": 2}, "gives 'liver' a colour and 'tumor' a number"),
+            ({"liver": 1, "background": 5}, "gives the background the value 5"),
+            ({"liver": "#000000"}, "gives 'liver' the colour black"),
+            ({"background": 0}, "gives no label but the background"),
+            (["liver"], r"holds \['liver'\]"),
+        ],
+    )
+    def test_the_bad_entry_of_labels_json_is_quoted(self, tmp_path, content, said):
+        save(tmp_path / "images/a.png", np.zeros((8, 8), np.uint8))
+        save(tmp_path / "masks/a.png", np.zeros((8, 8), np.uint8))
+        say(tmp_path, content)
+        with pytest.raises(UserError, match=rf"labels\.json {said}.* it must give each label a whole number"):
+            open_own(tmp_path)
+
     def test_names_written_in_two_ways_are_one(self, tmp_path):
         for number in range(10):
             save(tmp_path / "images" / unicodedata.normalize("NFC", f"Müller{number}.png"), np.zeros((8, 8), np.uint8))
@@ -516,10 +622,26 @@ class TestPictures:
             save(tmp_path / name, colours, **({"lossless": True} if name == "a.webp" else {}))
             np.testing.assert_array_equal(decode(tmp_path / name).values[0], colours)
         save(tmp_path / "cmyk.jpg", Image.fromarray(colours).convert("CMYK"), quality=95)
+        save(tmp_path / "cmyk.tif", Image.fromarray(colours).convert("CMYK"))
+        np.testing.assert_array_equal(decode(tmp_path / "cmyk.tif").values[0], colours)
         assert np.abs(decode(tmp_path / "cmyk.jpg").values[0].astype(int) - colours)[2:6, :2].max() < 12
         tifffile.imwrite(tmp_path / "deep.tif", colours.astype(np.uint16) * 257, photometric="rgb")
         grey = _read(tmp_path / "deep.tif", None)
         assert grey[:, :4].min() == 1 and grey[:, 4:].max() == 0
+
+    def test_a_large_stack_without_compression_stays_on_the_disk(self, tmp_path, monkeypatch):
+        stack = np.arange(5 * 48 * 64, dtype=np.uint16).reshape(5, 48, 64)
+        for compression in (None, "zlib"):
+            path = tmp_path / f"{compression}.ome.tif"
+            tifffile.imwrite(path, stack, metadata={"axes": "ZYX"}, compression=compression)
+            monkeypatch.setattr("ssam.data.decoding.MAPPED_FROM", 1000)
+            values = decode(path).values
+            assert isinstance(values, np.memmap) == (compression is None)
+            np.testing.assert_array_equal(values, stack)
+            assert source_of_file(path).name == str(compression)
+        monkeypatch.setattr("ssam.data.decoding.MOST_BYTES", 1000)
+        with pytest.raises(UserError, match=r"zlib\.ome\.tif holds 0\.0 GB, more than .*; cut it into smaller stacks"):
+            decode(path)
 
     def test_what_is_too_large_is_refused_before_it_is_read(self, tmp_path):
         Image.new("1", (14000, 14000)).save(tmp_path / "slide.png")
@@ -542,6 +664,17 @@ class TestLayouts:
         save_nifti(tmp_path / "imagesTr/case_000_0001.nii.gz", np.zeros((12, 8, 2), np.float32))
         with pytest.raises(UserError, match=r"case_000_0000\.nii\.gz has 2 channels"):
             open_own(tmp_path)
+
+    def test_nnunet_has_colours_as_channels_of_one_file(self, tmp_path):
+        for case in range(10):
+            colours = np.zeros((48, 64, 3), np.uint8)
+            colours[disk()] = (200, 30, 40)
+            save(tmp_path / f"imagesTr/c_{case:03}_0000.png", colours)
+            save(tmp_path / f"labelsTr/c_{case:03}.png", disk().astype(np.uint8))
+        channels = {"0": "R", "1": "G", "2": "B"}
+        say(tmp_path, {"channel_names": channels, "labels": {"background": 0, "polyp": 1}}, "dataset.json")
+        sample = open_own(tmp_path)[0]
+        np.testing.assert_allclose(sample.image[sample.masks[0]].mean(0) * 255, (200, 30, 40), rtol=1e-5)
 
     def test_the_decathlon(self, tmp_path):
         for case in range(10):
@@ -585,6 +718,14 @@ class TestLayouts:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=rf"i\.json has 1 annotations of an image with the id {image_id!r}"):
             open_own(tmp_path)
+
+    def test_what_is_wrong_with_coco_is_said(self, tmp_path):
+        self.coco(tmp_path / "a", {"segmentation": {"counts": [0, 600], "size": [20, 30]}, "iscrowd": 1})
+        with pytest.raises(UserError, match=r"run lengths of 20 x 30 in annotation 0, and 000\.jpg is 48 x 64"):
+            open_own(tmp_path / "a")[0]
+        self.coco(tmp_path / "b", {"segmentation": [[14, 10, 35, 10, 35, 31]], "category_id": 3})
+        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, and lists 7, 9; add those"):
+            open_own(tmp_path / "b")
 
     @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
     def test_coco_files_of_splits(self, tmp_path, image_of):
@@ -633,6 +774,33 @@ class TestLayouts:
         np.testing.assert_array_equal(dataset[0].masks[0], one | two)
         assert "benign (0)_mask.png with benign (0).png" in dataset.notes[0]
 
+    @pytest.mark.parametrize(
+        "image, mask",
+        [
+            ("img/img{:04}", "label/label{:04}"),
+            ("volume-{}", "segmentation-{}"),
+            ("case_{:05}/imaging", "case_{:05}/segmentation"),
+        ],
+        ids=["BTCV", "LiTS", "KiTS"],
+    )
+    def test_numbers_behind_other_words_are_matched(self, tmp_path, image, mask):
+        for case in range(12):
+            scan, place = np.zeros((12, 8, 2), np.int16), np.zeros((12, 8, 2), np.uint8)
+            place[case] = 1
+            save_nifti(tmp_path / f"{image.format(case)}.nii.gz", scan + 900 * place.astype(np.int16))
+            save_nifti(tmp_path / f"{mask.format(case)}.nii.gz", place)
+        say(tmp_path, {"liver": 1})
+        samples = samples_of(open_own(tmp_path))
+        assert len(samples) == 18 and min(map(contrast, samples)) > 0.9
+
+    def test_a_link_that_leads_back_is_not_followed(self, tmp_path):
+        for index in range(10):
+            for kind in ("images", "masks"):
+                save(tmp_path / f"{kind}/{index}.png", np.ones((8, 9), np.uint8))
+        (tmp_path / "images/again").symlink_to(tmp_path / "images")
+        say(tmp_path, {"thing": 1})
+        assert len(open_own(tmp_path)) == 7
+
     def test_masks_beside_their_images(self, tmp_path):
         for index in range(10):
             kind = ("benign", "malignant")[index % 2]
@@ -641,6 +809,61 @@ class TestLayouts:
         dataset = open_own(tmp_path)
         assert (len(dataset), list(dataset.labels)) == (7, ["lesion"])
         np.testing.assert_array_equal(dataset[0].masks[0], disk())
+
+    @pytest.mark.parametrize("inner", ["images/scan.png", "images/s{}.png", "ct.png"])
+    def test_a_folder_a_patient(self, tmp_path, inner):
+        for patient in range(10):
+            name = inner.format(patient)
+            save(tmp_path / f"p{patient}/{name}", np.full((48, 64), 9 * patient, np.uint8))
+            save(tmp_path / f"p{patient}/masks/{Path(name).name}", disk().astype(np.uint8) * 3)
+        say(tmp_path, {"cyst": 3})
+        (sample,) = samples_of(open_own(tmp_path, "validation"))
+        assert sample.group == "p3" and sample.image.mean() == pytest.approx(27 / 255) and sample.masks[0].sum() == 305
+
+    def test_patients_of_several_images_and_folders_of_labels(self, tmp_path):
+        for patient in range(10):
+            for number in range(3):
+                save(tmp_path / f"train/p{patient}/images/s{number}.png", np.full((48, 64), 9 * number, np.uint8))
+                label = ("cyst", "stone")[number % 2]
+                save(tmp_path / f"train/p{patient}/masks/{label}/s{number}.png", disk(row=20 + number) * np.uint8(255))
+        dataset = open_own(tmp_path)
+        assert list(dataset.labels) == ["cyst", "stone"] and len(dataset) == 30
+        assert dataset[1].masks.sum((1, 2)).tolist() == [0, 305] and dataset[1].masks[1, 12].any()
+        (tmp_path / "train/p4/masks/cyst/s2.png").unlink()
+        with pytest.raises(UserError, match=r"p4/images/s2\.png has no mask in .*p4; add it"):
+            open_own(tmp_path)
+
+    def test_the_data_science_bowl_has_a_mask_of_each_thing(self, tmp_path):
+        for index in range(10):
+            save(tmp_path / f"id{index}/images/id{index}.png", np.zeros((48, 64), np.uint8))
+            for number, column in enumerate((15, 45)):
+                save(tmp_path / f"id{index}/masks/{index}a{number}.png", disk(column=column) * np.uint8(255))
+        dataset = open_own(tmp_path)
+        assert dataset[0].masks.sum((1, 2)).tolist() == [610] and 'the label is called "lesion"' in dataset.notes[-1]
+
+    def test_totalsegmentator_has_a_file_a_label(self, tmp_path):
+        scan = np.zeros((12, 8, 2), np.int16)
+        for case in range(10):
+            save_nifti(tmp_path / f"s{case:04}/ct.nii.gz", scan)
+            for number, label in enumerate(("liver", "spleen")):
+                mask = scan.astype(np.uint8)
+                mask[2 * number : 2 * number + 2] = 1
+                save_nifti(tmp_path / f"s{case:04}/segmentations/{label}.nii.gz", mask)
+        dataset = open_own(tmp_path)
+        assert list(dataset.labels) == ["liver", "spleen"] and len(dataset) == 14
+        assert [np.argwhere(mask.any(0)).ravel().tolist() for mask in dataset[0].masks] == [[0, 1], [2, 3]]
+
+    @pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.AnalyzeImage])
+    def test_headers_and_pixels_in_two_files(self, tmp_path, kind):
+        for case in range(10):
+            for place in ("images", "masks"):
+                (tmp_path / place).mkdir(exist_ok=True)
+                values = np.zeros((12, 8, 2), np.int16)
+                values[3:6, 2:5] = 1
+                nib.save(kind(values, np.diag([-2.0, 2, 2, 1])), tmp_path / f"{place}/c{case}.img")
+        say(tmp_path, {"lesion": 1})
+        dataset = open_own(tmp_path)
+        assert dataset.notes == [] and len(dataset) == 14 and contrast(dataset[0]) == 1
 
     def test_what_systems_leave_behind_is_no_label_and_unknown_files_are_named(self, tmp_path):
         for index in range(10):
@@ -738,6 +961,26 @@ class TestDicom:
         with pytest.raises(UserError, match="has two slices in one place"):
             source.decode()
 
+    def test_a_tilted_gantry_is_refused(self, tmp_path):
+        for number in range(3):
+            place = {"0020|0032": f"-10\\{1.5 * number}\\{5.0 * number}"}
+            self.write(tmp_path / "p", np.zeros((1, 8, 8)), names=[f"{number}.dcm"], **place)
+        (source,), _ = find_sources(tmp_path)
+        with pytest.raises(UserError, match=r"p has slices that do not lie .*tilted by 17 degrees.*dcm2niix"):
+            source.decode()
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+    def test_frames_of_one_file_lie_where_they_say(self, tmp_path, order):
+        scan = np.arange(3)[:, None, None] * 10 + np.zeros((3, 6, 8), int)
+        scan[2, 1, 4] = -500
+        write_enhanced_ct(tmp_path / "a.dcm", scan, order)
+        found = decode(tmp_path / "a.dcm")
+        assert found.values[0, 0].tolist() == [0, 10, 20] and np.argwhere(found.values == -500).tolist() == [[4, 1, 2]]
+        np.testing.assert_allclose(found.affine[:3], [[-0.8, 0, 0, 10], [0, -0.9, 0, 12], [0, 0, 5, 0]])
+        write_enhanced_ct(tmp_path / "b.dcm", scan, order, tilt=1.5)
+        with pytest.raises(UserError, match="tilted by 17 degrees"):
+            decode(tmp_path / "b.dcm")
+
     def test_two_series_in_a_folder_are_two_volumes(self, tmp_path):
         names = ([f"a{number}.dcm" for number in range(3)], [f"b{number}.dcm" for number in range(3)])
         for number, some in enumerate(names, start=1):
@@ -746,6 +989,34 @@ class TestDicom:
         sources, _ = find_sources(tmp_path)
         assert [source.name for source in sources] == ["p_series1", "p_series2"]
         assert [source.decode().values.max() for source in sources] == [1, 2]
+
+    @pytest.mark.parametrize("slices", [1, 3])
+    def test_localizers_beside_a_series_are_left_out_and_named(self, tmp_path, slices):
+        self.dataset(tmp_path)
+        across = {"0008|0008": "ORIGINAL\\PRIMARY\\LOCALIZER", "0020|0037": "1\\0\\0\\0\\0\\-1"}
+        for patient in range(10):
+            names = [f"LOC{number}.dcm" for number in range(slices)]
+            self.write(tmp_path / "apart", np.zeros((slices, 8, 8)), uid=100 + patient, names=names, **across)
+            for path in (tmp_path / "apart").iterdir():
+                path.rename(tmp_path / f"images/p{patient}/{path.name}")
+        dataset = open_own(tmp_path)
+        assert len(dataset) == 42 and f"{10 * slices} DICOM localizers are left out" in dataset.notes[0]
+
+    def test_why_a_series_has_no_mask_is_said(self, tmp_path):
+        self.dataset(tmp_path / "two")
+        names = [f"B{number}.dcm" for number in range(3)]
+        self.write(tmp_path / "apart", np.zeros((3, 8, 8)), uid=99, names=names, **{"0020|0011": "7"})
+        for path in (tmp_path / "apart").iterdir():
+            path.rename(tmp_path / f"two/images/p0/{path.name}")
+        with pytest.raises(UserError, match=r"p0 holds 2 DICOM series .*7, 3 slices from B0\.dcm.*move the others"):
+            open_own(tmp_path / "two")
+        self.dataset(tmp_path / "nowhere")
+        for path in (tmp_path / "nowhere/images/p0").iterdir():
+            header = pydicom.dcmread(path)
+            del header.ImagePositionPatient
+            header.save_as(path)
+        with pytest.raises(UserError, match=r"the 6 DICOM files of .*p0 say no place \(ImagePositionPatient\)"):
+            open_own(tmp_path / "nowhere")
 
     def test_monochrome1_is_seen_as_viewers_show_it(self, tmp_path):
         scan = np.zeros((1, 8, 9))
@@ -767,6 +1038,7 @@ class TestDicom:
             "rtplan.dcm": "holds no picture, it is DICOM of the modality RTPLAN",
             "test-SR.dcm": "of the modality SR",
             "liver_1frame.dcm": "is a DICOM SEG; save it as NIfTI",
+            "SC_rgb_rle_16bit.dcm": "stored in a rare way, which ITK misreads",
             "MR_truncated.dcm": r"cannot be read as DICOM \(ITK ERROR",
         }.items():
             with pytest.raises(UserError, match=reason):

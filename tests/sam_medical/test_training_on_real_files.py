@@ -98,7 +98,7 @@ class TestSmallThings:
         assert batch["images"][0, 0, :10].min() > 0.9 and batch["images"][0, 0, 12:].max() < 0.1
         assert batch["masks"][0, 0].sum() == pytest.approx(400, abs=1)
 
-    @pytest.mark.parametrize("height, width", [(1, 200), (300, 3)])
+    @pytest.mark.parametrize("height, width", [(1, 200), (300, 3), (3, 3000)])
     def test_thin_pictures_are_trained_on_and_drawn(self, run, options, tmp_path, height, width):
         for index in range(10):
             mask = np.zeros((height, width), np.uint8)
@@ -154,7 +154,15 @@ class TestLabels:
             (["rein gauche"], ["rein gauche"]),
             (["leftLung", "heart"], ["leftLung"]),
             (["左肾", "右肾"], ["左肾", "右肾"]),
+            (["leftkidney", "rightkidney", "spleen"], ["leftkidney", "rightkidney"]),
+            (["LK", "RK", "liver"], ["LK", "RK"]),
+            (["LCA", "RCA"], ["LCA", "RCA"]),
+            (["disc OD", "disc OS", "cup"], ["disc OD", "disc OS"]),
+            (["kidney_l", "kidney_r"], ["kidney_l", "kidney_r"]),
+            (["kidneyleft", "kidneyright"], ["kidneyleft", "kidneyright"]),
+            (["nierelinks", "niererechts"], ["nierelinks", "niererechts"]),
             (["bright spot", "L1", "cleft"], []),
+            (["lung", "rib", "liver", "renal", "lesion", "over"], []),
         ],
     )
     def test_labels_with_a_side_are_known(self, labels, sided):
@@ -271,8 +279,18 @@ class TestInspectData:
         assert "7 files: float32, LAS, 2.0 x 1.0 x 3.0 mm" in said and "percentiles of what is not background" in said
         assert "2 images are in two splits, first p0_000 of train, which is p7_000 of test" in said
 
+    def test_masks_that_are_all_of_each_image_are_said(self, run, tmp_path, capsys):
+        for index in range(10):
+            save(tmp_path / f"images/{index}.png", disk() * np.uint8(20 * index + 40))
+            save(tmp_path / f"masks/cyst/{index}.png", np.full((48, 64), 255, np.uint8))
+        run(inspect_data, data_root=tmp_path)
+        assert notes(capsys) == [
+            'note: "cyst" covers all of each of the 7 training images that have it; look at the masks'
+        ]
+
     def test_a_bad_mask_ends_in_one_line(self, run, small_lesions, capsys):
         os.remove(small_lesions / "masks/f3.png")
         with pytest.raises(SystemExit):
             run(inspect_data, data_root=small_lesions)
-        assert "f3.png has no mask f3" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "f3.png has no mask f3" in said.out and "error: train: " in said.err and "f3.png has no" in said.err

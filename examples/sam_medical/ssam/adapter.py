@@ -140,7 +140,10 @@ def model_card(task: Task) -> str:
         )
     if method.needs_text and not task.uses_text:
         facts.append("- Prompts: a learned token a label, and no text encoder")
-    facts.append(f"- Images are read with intensity `{task.intensity}`, volumes in the plane `{task.plane}`")
+    facts.append(
+        f"- Images are read with intensity `{task.intensity}` and offset `{task.offset}`, volumes in the plane "
+        f"`{task.plane}`"
+    )
     if task.uses_text:
         facts.append(f"- Text encoder: `{task.text_encoder}`; its embeddings of the labels are in `{TEXT_FILE}`")
     lines = [

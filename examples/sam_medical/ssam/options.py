@@ -16,6 +16,8 @@ from ssam.data.augmentation import AUGMENTATIONS
 from ssam.data.geometry import PLANES, STORED
 from ssam.data.intensity import FORMS, parse_intensity
 from ssam.data.loading import FITS, LEAST_TILE, Framing
+from ssam.data.offset import FORMS as OFFSETS
+from ssam.data.offset import check_offset
 from ssam.data.reading import Reading
 from ssam.errors import UserError
 from ssam.methods import METHODS
@@ -70,6 +72,7 @@ class WhatTheModelSees:
     """Options that say how files are read and brought to the model's square."""
 
     intensity: str
+    offset: str
     plane: str
     resample_masks: bool
     image_size: int
@@ -78,7 +81,7 @@ class WhatTheModelSees:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.intensity, self.plane, self.resample_masks)
+        return Reading(self.intensity, self.plane, self.resample_masks, offset=self.offset)
 
     @property
     def framing(self) -> Framing:
@@ -104,6 +107,9 @@ class TrainOptions(WhatTheModelSees):
         "auto",
         f"How values become grey: {FORMS}. auto leaves eight bits as they are, gives CT the soft-tissue window, and "
         "other deep images percentiles of what is not background.",
+    )
+    offset: str = option(
+        "auto", f"What CT's values were stored with, in files without negative ones: {OFFSETS}; auto is by all images."
     )
     plane: str = option("axial", f"Of volumes, by their orientation in space: {', '.join(PLANES)}.")
     resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
@@ -190,6 +196,7 @@ class InspectOptions(WhatTheModelSees):
     dataset: str = option("own", "The dataset, as of train.py.")
     data_root: str | None = option(None, "Folder of the dataset's files.")
     intensity: str = option("auto", f"How values become grey: {FORMS}.")
+    offset: str = option("auto", f"What CT's values were stored with: {OFFSETS}.")
     plane: str = option("axial", f"Of volumes, by their orientation in space: {', '.join(PLANES)}.")
     resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
     image_size: int = option(128, "Side of the model's square, in pixels.")
@@ -212,6 +219,7 @@ class InspectOptions(WhatTheModelSees):
 
 def check_reading(options: Any) -> None:
     parse_intensity(options.intensity)
+    check_offset(options.offset)
     require(options, "plane", options.plane in (*PLANES, STORED), f"must be one of {', '.join(PLANES)}")
 
 

@@ -54,6 +54,7 @@ def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> st
     sample = dataset[index]
     if survey is not None:
         survey.add(sample)
+        survey.look_at(dataset.scan(index), dataset.reading)
     digest = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes())
     digest.update(np.packbits(sample.masks).tobytes())
     return f"{sample.name} {sample.masks.shape} {digest.hexdigest()}\n"

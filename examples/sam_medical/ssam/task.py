@@ -13,6 +13,9 @@ from ssam.data.base import require_label_names
 from ssam.data.geometry import PLANES, STORED
 from ssam.data.intensity import FORMS, LEGACY, is_intensity
 from ssam.data.loading import FITS, LEAST_TILE, Framing
+from ssam.data.offset import AUTO as AUTO_OFFSET
+from ssam.data.offset import BY_IMAGE, is_offset
+from ssam.data.offset import FORMS as OFFSETS
 from ssam.data.reading import Reading
 from ssam.errors import UserError
 from ssam.files import whole_folder, write_json
@@ -40,7 +43,7 @@ class Task:
         backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
         method: How it was tuned, by its name in `ssam.methods.METHODS`.
         target_modules: Expression of the layers that were tuned; None for the backbone's own.
-        intensity, plane: How images are read; see `ssam.data.reading.Reading`. The defaults are how they were before
+        intensity, offset, plane: How images are read; see `ssam.data.reading.Reading`. The defaults are as before
             there was a choice, for adapters made then.
         fit, tile: How images become the model's square; see `ssam.data.loading.Framing`.
         prompt: "text", or "learned" for a token a label in place of its name's embedding.
@@ -56,6 +59,7 @@ class Task:
     method: str = "s-sam"
     target_modules: str | None = None
     intensity: str = LEGACY
+    offset: str = BY_IMAGE
     plane: str = STORED
     fit: str = "stretch"
     tile: int | None = None
@@ -68,7 +72,7 @@ class Task:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.intensity, self.plane)
+        return Reading(self.intensity, self.plane, offset=self.offset)
 
     @property
     def framing(self) -> Framing:
@@ -184,6 +188,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "method": (lambda value: isinstance(value, str) and value in METHODS, f"one of {', '.join(METHODS)}"),
     "target_modules": (lambda value: value is None or _is_text(value), "a regular expression or null"),
     "intensity": (lambda value: _is_text(value) and is_intensity(value), FORMS),
+    "offset": (lambda value: _is_text(value) and is_offset(value) and value != AUTO_OFFSET, OFFSETS),
     "plane": (lambda value: value in (*PLANES, STORED), f"one of {', '.join((*PLANES, STORED))}"),
     "fit": (lambda value: value in FITS, f"one of {', '.join(FITS)}"),
     "tile": (

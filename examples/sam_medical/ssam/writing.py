@@ -12,6 +12,7 @@ from PIL import Image
 
 from ssam.data.decoding import NIFTI, Scan, suffix_of
 from ssam.data.geometry import turn_to_plane, turned_back
+from ssam.data.quiet import pydicom, simpleitk
 from ssam.files import replacing_file
 from svdtune.version import __version__
 
@@ -87,16 +88,15 @@ def _write_like_nifti(scan: Scan, values: np.ndarray, path: Path) -> None:
 
 
 def _write_with_itk(scan: Scan, values: np.ndarray, path: Path) -> None:
-    import SimpleITK
-
+    itk = simpleitk()
     assert scan.affine is not None
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ scan.affine
     spacing = voxel_sizes(affine)
-    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
+    image = itk.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
     image.SetSpacing([float(side) for side in spacing])
     image.SetOrigin([float(place) for place in affine[:3, 3]])
     image.SetDirection([float(part) for part in (affine[:3, :3] / spacing).ravel()])
-    SimpleITK.WriteImage(image, str(path))
+    itk.WriteImage(image, str(path))
 
 
 def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path: Path) -> None:
@@ -109,11 +109,12 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
         path: Where the file goes, without its ending.
     """
     import highdicom
-    import pydicom
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
-    images = [pydicom.dcmread(file, force=True) for file in scan.files]
+    if scan.frames:
+        volumes = volumes[:, np.argsort(scan.frames)]
+    images = [pydicom().dcmread(file, force=True) for file in scan.files]
     for image in images:  # what a SEG must refer to, and some files lack; the same for all of a series
         image.setdefault("FrameOfReferenceUID", generate_uid(entropy_srcs=[str(image.SeriesInstanceUID)]))
         if scan.affine is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from ssam.data.base import Sample, SegmentationDataset
 from ssam.data.brain_mri import BrainMri
 from ssam.data.chestxdet import ChestXDet
 from ssam.data.cholecseg8k import CholecSeg8k
+from ssam.data.decoding import Scan
 from ssam.data.glas import Glas
-from ssam.data.intensity import AUTO, settle
+from ssam.data.intensity import AUTO, AUTO_CT, settle
 from ssam.data.lits_png import LitsPng
+from ssam.data.offset import AUTO as AUTO_OFFSET
+from ssam.data.offset import BY_IMAGE, NONE, offset_seen, settle_offset, without_offset
 from ssam.data.own import OwnData
 from ssam.data.reading import Reading
 from ssam.errors import UserError, first_line
@@ -32,6 +36,8 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
 
 # Of the training images, evenly from the first to the last.
 SETTLED_BY = 20
+# As many more, where none of those says how sixteen bits hold the values of CT.
+LOOKED_THROUGH = 300
 TRAINING_SPLITS = ("train", "validation", "test")
 
 __all__ = ["DATASETS", "Reading", "Sample", "SegmentationDataset", "open_dataset", "open_splits", "settle_reading"]
@@ -79,9 +85,35 @@ def open_splits(
 
 
 def settle_reading(train: SegmentationDataset) -> Reading:
-    """The dataset's reading with an intensity that its training images have made definite."""
-    if train.reading.intensity != AUTO:
-        return train.reading
-    places = np.linspace(0, len(train) - 1, min(len(train), SETTLED_BY)).round().astype(int)
-    scans = [scan for place in places if (scan := train.scan(int(place))) is not None]
-    return replace(train.reading, intensity=settle(AUTO, ((scan, train.reading.modality) for scan in scans)))
+    """The dataset's reading with an offset and an intensity that its training images have made definite.
+
+    Raises:
+        UserError: if they contradict each other.
+    """
+    reading = train.reading
+    if reading.offset == AUTO_OFFSET:
+        reading = replace(reading, offset=settle_offset(_scans_for_offset(train)))
+    if reading.intensity != AUTO:
+        return reading
+    if reading.offset not in (NONE, BY_IMAGE):
+        return replace(reading, intensity=AUTO_CT)
+    as_read = ((without_offset(scan, reading.offset), modality) for scan, modality in _scans(train, SETTLED_BY))
+    return replace(reading, intensity=settle(AUTO, as_read))
+
+
+def _scans(train: SegmentationDataset, count: int) -> Iterator[tuple[Scan, str]]:
+    """So many of the training images, evenly from the first to the last."""
+    for place in np.linspace(0, len(train) - 1, min(len(train), count)).round().astype(int):
+        scan = train.scan(int(place))
+        if scan is not None:
+            yield scan, train.reading.modality
+
+
+def _scans_for_offset(train: SegmentationDataset) -> Iterator[tuple[Scan, str]]:
+    """Some images, and many more if these are pictures of sixteen bits of which none shows its offset."""
+    is_open = False
+    for scan, modality in _scans(train, SETTLED_BY):
+        is_open |= scan.affine is None and scan.values.dtype == np.uint16 and not offset_seen(scan, modality)
+        yield scan, modality
+    if is_open:
+        yield from _scans(train, LOOKED_THROUGH)

@@ -89,6 +89,7 @@ class CocoAnnotations:
         result = np.zeros((self.count, *size), dtype=bool)
         for annotation in self.annotations:
             outline = annotation["segmentation"]
+            _require_size_of_runs(self.path, annotation, image, size)
             try:
                 runs = coco.frPyObjects(outline, *size) if not _is_packed(outline) else outline
                 mask = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
@@ -99,6 +100,16 @@ class CocoAnnotations:
                 ) from error
             result[self.places[annotation["category_id"]]] |= mask > 0
         return result
+
+
+def _require_size_of_runs(path: Path, annotation: Mapping[str, Any], image: Source, size: tuple[int, int]) -> None:
+    outline = annotation["segmentation"]
+    said = outline.get("size") if isinstance(outline, dict) else None
+    if isinstance(said, list) and tuple(said) != size:
+        raise UserError(
+            f"{path} has run lengths of {' x '.join(map(str, said))} in annotation {annotation.get('id')}, and "
+            f"{image.path.name} is {size[0]} x {size[1]} (height x width); export it anew from the picture's own size."
+        )
 
 
 def _is_packed(outline: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import permutations
 
 from monai import transforms
 from monai.transforms import MapTransform, RandomizableTransform
@@ -56,7 +57,21 @@ SIDES = frozenset(
     ]
 )
 CHINESE_SIDES = ("左", "右")
-LETTERS = (("l", "r"), ("lt", "rt"), ("lh", "rh"), ("sin", "dex"), ("lv", "rv"), ("la", "ra"))
+# In words that are put together of a side and a thing, or of letters; the left one first.
+PAIRS = (
+    ("l", "r"),
+    ("left", "right"),
+    ("links", "rechts"),
+    ("linke", "rechte"),
+    ("gauche", "droite"),
+    ("gauche", "droit"),
+    ("izq", "der"),
+    ("izquierdo", "derecho"),
+    ("izquierda", "derecha"),
+    ("sin", "dex"),
+    ("sx", "dx"),
+    ("os", "od"),
+)
 INTERPOLATION = ("bilinear", "nearest")
 
 
@@ -75,14 +90,26 @@ def build_augmentation(kind: str, labels: Sequence[str] = ()) -> transforms.Comp
 def labels_with_a_side(labels: Sequence[str]) -> list[str]:
     """Labels that a mirror makes wrong: those of a left or right, spelt out; and those in pairs of L and R."""
     words = {label: _words(label) for label in labels}
-    spelt = [label for label in labels if words[label] & SIDES or any(side in label for side in CHINESE_SIDES)]
-    names = {frozenset(own) for own in words.values()}
-    for left, right in LETTERS:
-        for label, own in words.items():
-            other = right if left in own else left if right in own else None
-            if other and frozenset(own - {left, right} | {other}) in names:
-                spelt.append(label)
+    spelt = {label for label in labels if words[label] & SIDES or any(side in label for side in CHINESE_SIDES)}
+    for one, other in permutations(labels, 2):
+        if _are_mirrored(words[one], words[other]):
+            spelt |= {one, other}
     return [label for label in labels if label in spelt]
+
+
+def _are_mirrored(words: set[str], others: set[str]) -> bool:
+    """Whether two labels differ in one word alone, and there by a left and a right: LK and RK, leftkidney."""
+    if len(words - others) != 1 or len(others - words) != 1:
+        return False
+    (word,), (other,) = words - others, others - words
+    for left, right in PAIRS:
+        if {word, other} == {left, right}:
+            return True
+        begin_so = word.startswith(left) and other.startswith(right) and word[len(left) :] == other[len(right) :]
+        end_so = word.endswith(left) and other.endswith(right) and word[: -len(left)] == other[: -len(right)]
+        if begin_so or end_so:
+            return True
+    return False
 
 
 def _words(label: str) -> set[str]:

@@ -18,12 +18,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ssam.data.geometry import is_usable, ras_affine
+from ssam.data.quiet import pydicom, simpleitk
+from ssam.data.stacking import normal_of, order_of, problem_of
 from ssam.errors import UserError, first_line
 
-NIFTI = (".nii.gz", ".nii", ".mgz")
+NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM = (".dcm", ".dicom", ".ima")
-TIFF = (".tif", ".tiff")
+TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
 VOLUMES = (*NIFTI, *ITK)
 EXTENSIONS = (*PICTURES, *TIFF, *DICOM, *VOLUMES)
@@ -34,10 +36,11 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 SEQUENCES = ("GIF", "WEBP", "PNG")
 # TIFF's photometric for CMYK.
 SEPARATED = 5
-# Where CT's values are if sixteen bits hold them without a sign.
-WRAPPED_FROM = 65536 - 3100
-HIGHEST_CT = 20000
-OFFSET = 32768
+# Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
+MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
+RUN_LENGTHS, BIG_ENDIAN = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
+# Of a scan's values, by which it is judged.
+SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
 
 
@@ -55,6 +58,7 @@ class Scan:
         alpha: (N, H, W), of eight bits, where there is any.
         lossy: Whether the format changes values.
         files: Of DICOM, the slices in their order, or the one file.
+        frames: Of a DICOM file of several slices, the numbers of its frames in the slices' order.
         pixel_mm2: Of a DICOM picture, the area of a pixel, where it says so.
         remark: What was done to its values, if anything.
     """
@@ -68,6 +72,7 @@ class Scan:
     alpha: np.ndarray | None = None
     lossy: bool = False
     files: tuple[Path, ...] = ()
+    frames: tuple[int, ...] = ()
     pixel_mm2: float | None = None
     remark: str = ""
 
@@ -86,34 +91,22 @@ class Scan:
     @cached_property
     def finite_range(self) -> tuple[float, float]:
         """The lowest and the highest value that is a number."""
-        values = self.values if self.values.dtype.kind in "iub" else self.values[np.isfinite(self.values)]
-        if not values.size:
+        lows, highs = [], []
+        for plane in self.values:  # each alone, since a large volume has no room for a copy of itself
+            numbers = plane if plane.dtype.kind in "iub" else plane[np.isfinite(plane)]
+            if numbers.size:
+                lows.append(float(numbers.min()))
+                highs.append(float(numbers.max()))
+        if not lows:
             raise UserError(f"{self.path} holds no numbers; replace or remove the file.")
-        return float(values.min()), float(values.max())
+        return min(lows), max(highs)
 
-
-def as_hounsfield(scan: Scan) -> Scan:
-    """A picture of sixteen bits whose negative values were stored as ones beyond 32767, or all with 32768 added.
-
-    PNG has no negative values, and CT is full of them; of nothing else do values lie so.
-    """
-    values = scan.values
-    if scan.affine is not None or values.dtype != np.uint16 or scan.in_colour:
-        return scan
-    high = values > WRAPPED_FROM
-    is_apart = high.mean() > 0.01 and not high.all() and not ((values > HIGHEST_CT) & ~high).any()
-    if is_apart and _are_wrapped(values[high]):
-        return replace(scan, values=values.view(np.int16), remark="with its negative values, which were wrapped")
-    low, top = int(values.min()), int(values.max())
-    if OFFSET - 3100 <= low <= OFFSET - 900 and top <= OFFSET + HIGHEST_CT and (values > OFFSET).any():
-        shifted = (values.astype(np.int32) - OFFSET).astype(np.int16)
-        return replace(scan, values=shifted, remark=f"less the {OFFSET} that were added")
-    return scan
-
-
-def _are_wrapped(values: np.ndarray) -> bool:
-    """Whether they spread as tissue does, or are the one value of air or padding; a marker's white is neither."""
-    return bool(np.ptp(values) > 10 or -3100 <= int(values.view(np.int16)[0]) <= -900)
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """Some million of the values that are numbers, evenly taken, the same ones each time."""
+        flat = self.values.reshape(-1)
+        flat = flat[:: max(1, flat.size // SAMPLED)]
+        return flat if flat.dtype.kind in "iub" else flat[np.isfinite(flat)]
 
 
 def suffix_of(name: str) -> str:
@@ -194,6 +187,7 @@ def _reason(error: Exception) -> str:
 def _read_nifti(path: Path) -> Scan:
     import nibabel
 
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
     file: Any = nibabel.load(path)
     shape = tuple(file.shape)
     while len(shape) > 3 and shape[-1] == 1:
@@ -217,19 +211,17 @@ def _read_nifti(path: Path) -> Scan:
 
 
 def _read_itk(path: Path) -> Scan:
-    import SimpleITK
-
-    return _scan_of_itk(path, SimpleITK.ReadImage(str(path)))
+    itk = simpleitk()
+    return _scan_of_itk(path, itk.ReadImage(str(path)))
 
 
 def _scan_of_itk(path: Path, image: Any) -> Scan:
     """(X, Y, Z) from ITK's image, whose arrays begin with Z."""
-    import SimpleITK
-
-    values = SimpleITK.GetArrayFromImage(image)
+    itk = simpleitk()
+    values = itk.GetArrayFromImage(image)
     channels, dimension = image.GetNumberOfComponentsPerPixel(), image.GetDimension()
     if dimension == 2:
-        image, values, dimension = SimpleITK.JoinSeries(image), values[None], 3
+        image, values, dimension = itk.JoinSeries(image), values[None], 3
     if dimension == 4 and image.GetSize()[3] == 1:
         image, values, dimension = image[:, :, :, 0], values[0], 3
     if dimension != 3 or channels not in (1, 3, 4) or (channels == 4 and values.dtype != np.uint8):
@@ -243,43 +235,81 @@ def _scan_of_itk(path: Path, image: Any) -> Scan:
 
 
 def _read_series(path: Path, files: tuple[Path, ...]) -> Scan:
-    import SimpleITK
-
-    reader = SimpleITK.ImageSeriesReader()
+    itk = simpleitk()
+    reader = itk.ImageSeriesReader()
     reader.SetFileNames([str(file) for file in files])
     single = _itk_reader(files[0])
     if single.GetNumberOfComponents() == 1:
-        reader.SetOutputPixelType(SimpleITK.sitkFloat32)  # or the first slice's, which cuts off what others have
+        reader.SetOutputPixelType(itk.sitkFloat32)  # or the first slice's, which cuts off what others have
     scan = _scan_of_itk(path, reader.Execute())
     return replace(scan, modality=_tag(single, "0008|0060"), files=files)
 
 
 def _read_dicom(path: Path) -> Scan:
     """A file by itself: a picture, or several frames, as it is stored; in space only if it says where frames are."""
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    header = pydicom().dcmread(path, stop_before_pixels=True, force=True)
     modality = str(header.get("Modality", ""))
     if modality == "SEG":
         raise UserError(f"{path} is a DICOM SEG; save it as NIfTI, for example with 3D Slicer or dcmqi.")
     if "Rows" not in header:
         raise UserError(f"{path} holds no picture, it is DICOM of the modality {modality or 'none'}; remove it.")
     _check_pixels(path, int(header.Rows), int(header.Columns))
+    if _is_misread(header):
+        raise UserError(f"{path} is stored in a rare way, which ITK misreads; save it uncompressed, with dcmconv +te.")
     image = _itk_reader(path).Execute()
     # ITK has turned MONOCHROME1, whose highest is black, round.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
     if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(header):
-        return scan
+        return _in_order(scan, header)
     says_spacing = "PixelSpacing" in header or "ImagerPixelSpacing" in header
     area = float(np.prod(image.GetSpacing()[:2])) if says_spacing else None
     pictures = np.swapaxes(scan.values, 0, 2)
     return replace(scan, values=pictures, affine=None, is_stack=len(pictures) > 1, pixel_mm2=area)
 
 
-def _itk_reader(path: Path) -> Any:
-    import SimpleITK
+def _is_misread(header: Any) -> bool:
+    """Deep colours by run lengths, and 32 bits with the high end first."""
+    syntax, bits = header.file_meta.get("TransferSyntaxUID"), int(header.get("BitsAllocated") or 8)
+    return (syntax == RUN_LENGTHS and header.get("SamplesPerPixel") == 3 and bits > 8) or (
+        syntax == BIG_ENDIAN and bits > 16
+    )
 
-    reader = SimpleITK.ImageFileReader()
+
+def _in_order(scan: Scan, header: Any) -> Scan:
+    """Frames from one end to the other: DICOM lets them come in any order, and ITK takes them as they come."""
+    shared = header.get("SharedFunctionalGroupsSequence", [None])[0]
+    frames = header.PerFrameFunctionalGroupsSequence
+
+    def of_each(sequence: str, keyword: str) -> list[Any]:
+        groups = [frame if sequence in frame else shared for frame in frames]
+        return [list(group[sequence].value[0][keyword].value) for group in groups]
+
+    orientations = np.array(of_each("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
+    if np.abs(orientations - orientations[0]).max() > 1e-3:
+        raise UserError(f"{scan.path} holds frames in several directions; save each stack as a file of its own.")
+    places = np.array(of_each("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
+    normal = normal_of(orientations[0])
+    order = order_of(places, normal)
+    problem = problem_of(places[order], normal, [f"frame {number + 1}" for number in order])
+    if problem:
+        raise UserError(f"{scan.path} has {problem}")
+    rescaled = {str(frame.get("PixelValueTransformationSequence", "")) for frame in frames}
+    if len(rescaled) > 1:
+        raise UserError(
+            f"{scan.path} rescales each frame in another way; save it as NIfTI, with dcm2niix for example."
+        )
+    rows, columns = orientations[0][3:], orientations[0][:3]
+    down, right = (float(side) for side in of_each("PixelMeasuresSequence", "PixelSpacing")[0])
+    step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
+    spacing = (right, down, float(np.linalg.norm(step)))
+    direction = np.stack([columns, rows, step / spacing[2]], axis=1)
+    affine = ras_affine(spacing, tuple(places[order[0]]), tuple(direction.ravel()))
+    return replace(scan, values=scan.values[:, :, order], affine=affine, frames=tuple(int(place) for place in order))
+
+
+def _itk_reader(path: Path) -> Any:
+    itk = simpleitk()
+    reader = itk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -292,7 +322,12 @@ def _tag(reader: Any, key: str) -> str:
 
 def _has_places(header: Any) -> bool:
     """Whether a file of several frames says where they are, as enhanced CT and MR do, and films do not."""
-    return "PerFrameFunctionalGroupsSequence" in header and "FrameOfReferenceUID" in header
+    groups = [
+        *header.get("SharedFunctionalGroupsSequence", []),
+        *header.get("PerFrameFunctionalGroupsSequence", [])[:1],
+    ]
+    said = {element.keyword for group in groups for element in group}
+    return said >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
 
 
 def _read_tiff(path: Path) -> Scan:
@@ -336,6 +371,13 @@ def _whole_pages(path: Path, file: Any) -> tuple[np.ndarray, str]:
         sizes = ", ".join(" x ".join(map(str, series.shape)) for series in whole)
         raise UserError(f"{path} holds pictures of different sizes, {sizes}; save each as a file of its own.")
     _check_pixels(path, *(size for axis, size in zip(first.axes, first.shape, strict=True) if axis in "YX"))
+    size = len(whole) * first.nbytes
+    if len(whole) == 1 and first.dataoffset is not None and first.dtype.isnative and size > MAPPED_FROM:
+        return np.memmap(path, first.dtype, "r", first.dataoffset, first.shape), first.axes
+    if size > MOST_BYTES:
+        raise UserError(
+            f"{path} holds {size / 1e9:.1f} GB, more than {MOST_BYTES / 1e9:g}; cut it into smaller stacks."
+        )
     if len(whole) == 1:
         return first.asarray(), first.axes
     return np.stack([series.asarray() for series in whole]), "I" + first.axes

@@ -114,7 +114,7 @@ def is_ct(scan: Scan, modality: str = "") -> bool:
     low, high = scan.finite_range
     if not -33000 <= low <= -900 or high > 33000:
         return False
-    sample = _sample(scan)
+    sample = scan.sample
     air = ((sample > AIR[0]) & (sample < AIR[1])) | (sample <= PADDING)
     is_tissue = (sample > -200) & (sample < 2000)
     return bool(air.mean() >= LEAST_AIR and is_tissue.any() and np.ptp(sample[is_tissue]) > 10)
@@ -135,7 +135,7 @@ def settle(intensity: str, scans: Iterable[tuple[Scan, str]]) -> str:
 
 def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple[float, float]], str]:
     """What becomes of a file: the values that become zero and one, and why, in words."""
-    bounds = _bounds(parse_intensity(intensity), scan, modality)
+    bounds = bounds_of(intensity, scan, modality)
     if bounds is None:
         return [(0.0, 255.0)], "eight bits, as they are"
     if not intensity.startswith(AUTO):
@@ -144,6 +144,11 @@ def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple
         reason = "its modality" if modality or scan.modality else "its values"
         return bounds, f"the soft-tissue window, {bounds[0][0]:g} to {bounds[0][1]:g}: CT by {reason}"
     return bounds, "percentiles of what is not background"
+
+
+def bounds_of(intensity: str, scan: Scan, modality: str = "") -> list[tuple[float, float]] | None:
+    """The values that become zero and one, a pair for each window; None where eight bits stay as they are."""
+    return _bounds(parse_intensity(intensity), scan, modality)
 
 
 def to_channels(plane: np.ndarray, scan: Scan, intensity: Intensity, modality: str = "") -> np.ndarray:
@@ -187,7 +192,7 @@ def _bounds(intensity: Intensity, scan: Scan, modality: str) -> list[tuple[float
 def _cached_percentiles(scan: Scan, percents: tuple[float, float]) -> tuple[float, float]:
     known = scan.__dict__.setdefault("percentiles", {})
     if percents not in known:
-        known[percents] = robust_range(_sample(scan), percents)
+        known[percents] = robust_range(scan.sample, percents)
     return known[percents]
 
 
@@ -206,10 +211,3 @@ def robust_range(values: np.ndarray, percents: tuple[float, float] = ROBUST) -> 
     near = [b for b in backgrounds if b < first and (last <= first or first - b <= last - first)]
     first = min([first, *near])
     return (first, last) if last > first else (float(low), float(values.max()))
-
-
-def _sample(scan: Scan) -> np.ndarray:
-    """Some million of the values that are numbers, evenly taken, the same ones each time."""
-    flat = scan.values.reshape(-1)
-    flat = flat[:: max(1, flat.size // 2_000_000)]
-    return flat if flat.dtype.kind in "iub" else flat[np.isfinite(flat)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ from ssam.data.base import require_label_names
 from ssam.data.masks import BACKGROUND_NAMES, Colour, parse_colour
 from ssam.data.sources import plain
 from ssam.errors import UserError, first_line
+from ssam.values import shortened
 
 DARKEST_COLOUR = 64
+RULE = (
+    'give each label a whole number of its own above zero, {"liver": 1, "tumor": 2}, or a colour of its own, '
+    '{"liver": "#ff0000"}.'
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,8 @@ def label_names(content: Any, path: Path) -> LabelNames:
     Raises:
         UserError: if values are missing, of two kinds, or of two labels at once.
     """
-    wrong = UserError(
-        f'{path} must give each label a whole number of its own above zero, {{"liver": 1, "tumor": 2}}, or a colour '
-        'of its own, {"liver": "#ff0000"}.'
-    )
     if not isinstance(content, dict) or not content:
-        raise wrong
+        raise UserError(f"{path} holds {shortened(content)}; it must {RULE}")
     if all(key.isdigit() and isinstance(value, str) and not value.isdigit() for key, value in content.items()):
         content = {value: int(key) for key, value in content.items()}
     content = {plain(name): value for name, value in content.items()}
@@ -78,15 +79,40 @@ def label_names(content: Any, path: Path) -> LabelNames:
     if content and all(numbers.values()):
         values = {name: some for name, some in numbers.items() if some}
         singles = [some for some in values.values() if len(some) == 1]
-        if len(set(singles)) < len(singles) or any(value not in (0, [0]) for value in backgrounds):
-            raise wrong
-        return LabelNames(values=values)
+        if len(set(singles)) == len(singles) and all(value in (0, [0]) for value in backgrounds):
+            return LabelNames(values=values)
     if content and all(colours.values()) and len(set(colours.values())) == len(colours):
         known = {name: colour for name, colour in colours.items() if colour}
         if (0, 0, 0) not in known.values():
             others = tuple(colour for value in backgrounds if (colour := parse_colour(value)))
             return LabelNames(colours=known, backgrounds=others)
-    raise wrong
+    raise UserError(f"{path} {_what_is_wrong(content, backgrounds, numbers, colours)}; it must {RULE}")
+
+
+def _what_is_wrong(
+    content: Mapping[str, Any],
+    backgrounds: Sequence[Any],
+    numbers: Mapping[str, tuple[int, ...]],
+    colours: Mapping[str, Colour | None],
+) -> str:
+    """The first entry that cannot be, in words."""
+    if not content:
+        return "gives no label but the background"
+    for name, value in content.items():
+        if not numbers[name] and not colours[name]:
+            return f"gives {name!r} the value {shortened(value)}"
+        if colours[name] == (0, 0, 0):
+            return f"gives {name!r} the colour black, which is background"
+    for name, value in content.items():
+        like = [other for other in content if (numbers[other], colours[other]) == (numbers[name], colours[name])]
+        if len(like) > 1:
+            return f"gives {like[0]!r} and {like[1]!r} one value, {shortened(value)}"
+    if all(numbers.values()):
+        other = next(value for value in backgrounds if value not in (0, [0]))
+        return f"gives the background the value {shortened(other)}"
+    first = next(name for name in content if not numbers[name])
+    second = next((name for name in content if numbers[name]), first)
+    return f"gives {first!r} a colour and {second!r} a number"
 
 
 def _as_numbers(value: object) -> tuple[int, ...]:

@@ -8,65 +8,29 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssam.data.annotations import Annotation, CocoAnnotations, LabelMaps, LabelmeShapes, MaskOfEach
+from ssam.data.annotations import CocoAnnotations, LabelMaps, LabelmeShapes, MaskOfEach
 from ssam.data.base import require_label_names
-from ssam.data.decoding import EXTENSIONS
+from ssam.data.decoding import PICTURES, TIFF, suffix_of
 from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
 from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
+from ssam.data.parts import IMAGE_FOLDERS, MASK_FOLDERS, Pair, Part, folder_named, notes_on, notes_on_unused
+from ssam.data.patients import patient_folders, read_patients
 from ssam.data.sources import Source, as_files, by_key, find_sources, folders_in, is_junk, plain, source_of_file
 from ssam.errors import UserError
 
 LABELS_FILE = "labels.json"
 NNUNET_FILE = "dataset.json"
-IMAGE_FOLDERS = ("images", "image", "imgs", "jpegimages")
-MASK_FOLDERS = (
-    "masks",
-    "mask",
-    "labels",
-    "annotations",
-    "segmentations",
-    "ground_truth",
-    "groundtruth",
-    "gt",
-    "segmentationclass",
-)
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid"),
     "test": ("test", "testing"),
 }
+# nnU-Net has red, green and blue as channels of one file.
+IN_COLOUR = (*PICTURES, *TIFF)
 COCO_KEYS = {"images", "annotations", "categories"}
-# Of a file that is to tell whether it is COCO's or labelme's; read whole only if it begins so.
-NAMED_AT_MOST = 3
-
-
-@dataclass(frozen=True)
-class Pair:
-    image: Source
-    annotation: Annotation
-
-
-@dataclass
-class Part:
-    """What a folder holds: all images, or those of one split.
-
-    Attributes:
-        labels: Their names.
-        pairs: The images with what is in them.
-        notes: What a person should know of what was found.
-        modality: What the images are, where a file says so.
-        folder: Where the images are.
-    """
-
-    labels: Sequence[str]
-    pairs: list[Pair]
-    notes: list[str] = field(default_factory=list)
-    modality: str = ""
-    folder: Path = Path()
 
 
 def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
@@ -84,11 +48,13 @@ def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
         return _nnunet(folder)
     if coco_files(folder):
         return _coco(folder, coco_files(folder), [path for other in all_folders for path in coco_files(other)])
-    if not _holds_masks(_folder_named(folder, MASK_FOLDERS)):
+    if not _holds_masks(folder_named(folder, MASK_FOLDERS)):
         shapes = _labelme_files(folder)
         if shapes:
             return _labelme(folder, shapes, [path for other in all_folders for path in _labelme_files(other)])
-    if _folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
+    if folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
+        if patient_folders(folder):
+            return read_patients(folder, _names_beside(folder, root), all_folders)
         beside = _masks_beside(folder, root)
         if beside:
             return beside
@@ -122,25 +88,23 @@ def _is_called(text: str, split: str) -> bool:
 
 def has_images(folder: Path) -> bool:
     """Whether a folder that is called like a split may be one."""
-    return _folder_named(folder, IMAGE_FOLDERS) is not None or bool(coco_files(folder) or _labelme_files(folder))
-
-
-def _folder_named(folder: Path, names: Sequence[str]) -> Path | None:
-    if not folder.is_dir():
-        return None
-    folders = {path.name.lower(): path for path in folders_in(folder)}
-    return next((folders[name] for name in names if name in folders), None)
+    found = coco_files(folder) or _labelme_files(folder) or patient_folders(folder)
+    return folder_named(folder, IMAGE_FOLDERS) is not None or bool(found)
 
 
 def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     names = _names_beside(folder, root)
-    image_folder, mask_folder = _folder_named(folder, IMAGE_FOLDERS), _folder_named(folder, MASK_FOLDERS)
+    image_folder, mask_folder = folder_named(folder, IMAGE_FOLDERS), folder_named(folder, MASK_FOLDERS)
     if image_folder is None:
         raise UserError(f"{folder} holds no folder images; add it, with the images.")
     if mask_folder is None:
         raise UserError(f"{folder} holds no folder masks; add it, with a mask for each, or a folder for each label.")
     images, unknown = find_sources(image_folder)
-    part = Part((), [], folder=image_folder, notes=_notes_on(unknown))
+    localizers = [image for image in images if image.is_localizer]
+    images = [image for image in images if not image.is_localizer]
+    part = Part((), [], folder=image_folder, notes=notes_on(unknown))
+    if localizers:
+        part.notes.append(f"{len(localizers)} DICOM localizers are left out, first {localizers[0].path}")
     if names:
         masks, others = find_sources(mask_folder)
         images = _slices_with_masks(images, masks, image_folder)
@@ -149,7 +113,7 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
         part.pairs = [Pair(image, LabelMaps(found.get(image.key, []), names)) for image in images]
         used = {mask.key for some in found.values() for mask in some}
     else:
-        mask_folders = [_folder_named(other, MASK_FOLDERS) for other in all_folders] or [mask_folder]
+        mask_folders = [folder_named(other, MASK_FOLDERS) for other in all_folders] or [mask_folder]
         part.labels = _label_folders([other for other in mask_folders if other])
         inner = {plain(path.name): path for path in folders_in(mask_folder)}
         of_label = [find_sources(inner[label]) if label in inner else ([], []) for label in part.labels]
@@ -165,9 +129,9 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
         if not any(pair.annotation.masks):  # type: ignore[attr-defined]
             raise UserError(
                 f"{pair.image.path} has no mask {pair.image.key} in {mask_folder}; "
-                f"{_advice_on_missing_masks(mask_folder, bool(names))}"
+                f"{pair.image.hint or _advice_on_missing_masks(mask_folder, bool(names))}"
             )
-    part.notes += _notes_on(others) + _notes_on_unused(masks, used)
+    part.notes += notes_on(others) + notes_on_unused(masks, used)
     renamed = [pair for pair in part.pairs if names and pair.image.key != pair.annotation.masks[0].key]  # type: ignore[attr-defined]
     if renamed:
         first = renamed[0]
@@ -239,7 +203,7 @@ def _masks_beside(folder: Path, root: Path) -> Part | None:
     if not names:
         notes.append('without a labels.json the label is called "lesion"; give {"NAME": 255} to name it')
     unknown = [path for path in unknown if path.name != LABELS_FILE]
-    return Part(labels, pairs, notes + _notes_on(unknown), folder=folder)
+    return Part(labels, pairs, notes + notes_on(unknown), folder=folder)
 
 
 def _nnunet(root: Path) -> Part:
@@ -253,7 +217,8 @@ def _nnunet(root: Path) -> Part:
     known = by_key(masks)
     numbered = [image for image in images if image.key not in known and CHANNEL.search(image.name)]
     several = [files for files in channels_of(numbered).values() if len(files) > 1]
-    if several or len(channels) > 1:
+    is_in_colour = not several and len(channels) == 3 and all(suffix_of(i.path.name) in IN_COLOUR for i in images)
+    if several or (len(channels) > 1 and not is_in_colour):
         first = several[0][0] if several else images[0]
         raise UserError(
             f"{first.path} has {max(len(channels), len(several[0]) if several else 0)} channels, by {path}; keep "
@@ -269,7 +234,7 @@ def _nnunet(root: Path) -> Part:
     return Part(
         names.labels,
         pairs,
-        [f"read as nnU-Net's or the Decathlon's, by {path}", *_notes_on(unknown)],
+        [f"read as nnU-Net's or the Decathlon's, by {path}", *notes_on(unknown)],
         modality if modality in ("CT", "MR", "MRI", "T1", "T2", "FLAIR") else "",
         root / "imagesTr",
     )
@@ -352,9 +317,20 @@ def _coco_labels(files: Sequence[Path]) -> list[str]:
             if category["id"] in used and name not in labels:
                 labels.append(name)
     if not labels:
-        raise UserError(f"{files[0]} holds no annotations; export it with its outlines.")
+        raise UserError(_why_without_labels(files))
     require_label_names(labels, files[0])
     return labels
+
+
+def _why_without_labels(files: Sequence[Path]) -> str:
+    for file in files:
+        content = read_json(file)
+        used = {str(annotation.get("category_id")) for annotation in content["annotations"]}
+        if used:
+            known = ", ".join(str(category["id"]) for category in content["categories"]) or "none"
+            given = f"{len(content['annotations'])} annotations the categories {', '.join(sorted(used))}"
+            return f"{file} gives its {given}, and lists {known}; add those to its categories."
+    return f"{files[0]} holds no annotations; export it with its outlines."
 
 
 def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
@@ -443,17 +419,3 @@ def _source_in(path: Path, folder: Path) -> Source:
     source = source_of_file(path)
     place = path.parent.relative_to(folder).as_posix() if path.is_relative_to(folder) else "."
     return source if place in (".", *IMAGE_FOLDERS) else Source(path, f"{place}/{source.name}")
-
-
-def _notes_on(unknown: Sequence[Path]) -> list[str]:
-    if not unknown:
-        return []
-    names = ", ".join(path.name for path in unknown[:NAMED_AT_MOST]) + (
-        " and others" if len(unknown) > NAMED_AT_MOST else ""
-    )
-    return [f"{len(unknown)} files in {unknown[0].parent} are not read: {names}; images are {', '.join(EXTENSIONS)}"]
-
-
-def _notes_on_unused(masks: Sequence[Source], used: set[str]) -> list[str]:
-    unused = [mask for mask in masks if mask.key not in used]
-    return [f"{len(unused)} masks belong to no image, first {unused[0].path}"] if unused else []

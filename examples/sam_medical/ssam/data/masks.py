@@ -18,6 +18,15 @@ BACKGROUND_NAMES = ("background", "bg", "_background_")
 LEAST_WHITE = 64
 # Of a value's pixels: where so many lie between a lower and a higher value, it is an edge and no label.
 EDGE_SHARE = 0.9
+# Of the pixels between black and white: where so many are flat, on no slope between two others, they are numbers.
+FLAT_SHARE = 0.1
+# Of the range, which a wide blur does not leave out.
+LEAST_GAP = 1 / 3
+# Pixels, as far as JPEG's blocks and their filters carry what an edge leaves.
+REACH_OF_EDGES = 16
+LEAST_GREYS = 32
+# Of whole numbers that a header's slope has made of other ones.
+ROUNDING = 1e-3
 NAMED_AT_MOST = 8
 
 
@@ -40,11 +49,23 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
         return values > (127 if layer.lossy else 0)
     if len(distinct) == 2:
         return values > (low + high) / 2
+    if _is_picture(values, distinct):
+        raise UserError(
+            f"{layer.path} holds {len(distinct)} values, most of them between black and white: a picture, and no "
+            "mask; put in the mask."
+        )
     if layer.lossy:
         if high < LEAST_WHITE:
             raise UserError(f"{layer.path} holds 0 to {high:g} in a format that changes values; save the mask as PNG.")
         return values > 127
     if _has_soft_edges(values, distinct):
+        if _has_numbers(values, distinct):
+            some = _some(distinct[(distinct > low) & (distinct < high)])
+            raise UserError(
+                f"{layer.path} holds {some} beside {high:g}, and not as soft edges: numbers of things, or of labels. "
+                f"Save it with 0 and {high:g}, or put it into masks itself and say in labels.json which values are "
+                'the label, {"NAME": [1, 2]}.'
+            )
         return values > _whole(high) / 2
     return values > 0
 
@@ -71,15 +92,15 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
             'labels.json the colours, {"liver": "#ff0000"}.'
         )
     unknown = sorted(set(np.unique(candidates[0]).tolist()) - known)
-    some = ", ".join(f"{number:g}" for number in unknown[:NAMED_AT_MOST])
-    more = " and others" if len(unknown) > NAMED_AT_MOST else ""
+    some = _some(unknown)
     known_text = sorted(known)
     if layer.lossy or any(number % 1 for number in unknown):
         raise UserError(
-            f"{layer.path} holds {some}{more}, between the labels {known_text}: it was interpolated, or saved in a "
+            f"{layer.path} holds {some}, between the labels {known_text}: it was interpolated, or saved in a "
             "format that changes values; make it anew with nearest neighbours, in PNG or NIfTI."
         )
-    raise UserError(f"{layer.path} holds {some}{more}, which belong to no label; known are {known_text}.")
+    remedy = f'Say in labels.json what they are, {{"NAME": {unknown[-1]:g}}}, or make' if unknown[-1] > 0 else "Make"
+    raise UserError(f"{layer.path} holds {some}, which belong to no label; known are {known_text}. {remedy} them 0.")
 
 
 def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Sequence[Colour]) -> np.ndarray:
@@ -168,8 +189,9 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
     if values.ndim == 2:
-        if values.dtype.kind == "f" and np.isfinite(values).all() and (values == np.rint(values)).all():
-            values = values.astype(int)
+        if values.dtype.kind == "f" and np.isfinite(values).all():
+            whole = np.rint(values)
+            values = whole.astype(int) if np.abs(values - whole).max() < ROUNDING else values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
         if layer.alpha is not None:
@@ -199,9 +221,14 @@ def _cut_for_one_label(
     if shown.min() < 0 or shown.max() > numbers[0]:
         return None
     distinct = np.unique(shown)
-    if layer.lossy or (distinct[-1] == numbers[0] and len(distinct) > 2 and _has_soft_edges(shown, distinct)):
+    if layer.lossy or (_is_white_with_soft_edges(shown, distinct, numbers[0])):
         return (shown > numbers[0] / 2)[None]
     return None
+
+
+def _is_white_with_soft_edges(values: np.ndarray, distinct: np.ndarray, white: int) -> bool:
+    is_soft = distinct[-1] == white and len(distinct) > 2 and _has_soft_edges(values, distinct)
+    return bool(is_soft and not _has_numbers(values, distinct))
 
 
 def _has_soft_edges(values: np.ndarray, distinct: np.ndarray) -> bool:
@@ -217,6 +244,54 @@ def _has_soft_edges(values: np.ndarray, distinct: np.ndarray) -> bool:
     slope = (values > 0.1 * high) & (values < 0.9 * high)
     is_between = (ndimage.minimum_filter(values, 3) < values) & (ndimage.maximum_filter(values, 3) > values)
     return len(distinct) > 3 and bool((slope & is_between).sum() >= EDGE_SHARE * slope.sum() > 0)
+
+
+def _has_numbers(values: np.ndarray, distinct: np.ndarray) -> bool:
+    """Whether what lies between black and white is flat, or of one value and apart from white: numbers of things."""
+    low, high = distinct[0], distinct[-1]
+    inner = (values > low) & (values < high)
+    if _flat_pixels(values, inner) > FLAT_SHARE * inner.sum():
+        return True
+    if np.diff(distinct.astype(float)).max() <= LEAST_GAP * (float(high) - float(low)):
+        return False
+    apart = inner & (ndimage.distance_transform_cdt(values <= high / 2) > REACH_OF_EDGES)
+    parts, count = ndimage.label(apart, np.ones((3, 3)))
+    places = range(1, count + 1)
+    is_even = np.array(ndimage.minimum(values, parts, places)) == np.array(ndimage.maximum(values, parts, places))
+    return bool((is_even & (np.bincount(parts.ravel(), minlength=1)[1:] > 1)).any())
+
+
+def _is_picture(values: np.ndarray, distinct: np.ndarray) -> bool:
+    """Whether most pixels are grey, and few are like all those around them, as numbers of things would be."""
+    if len(distinct) < LEAST_GREYS:
+        return False
+    low, high = float(distinct[0]), float(distinct[-1])
+    grey = (values > low + 0.1 * (high - low)) & (values < high - 0.1 * (high - low))
+    flat = grey & (ndimage.minimum_filter(values, 3) == ndimage.maximum_filter(values, 3))
+    return bool(grey.mean() > 0.5 and flat.sum() < 0.2 * grey.sum())
+
+
+def _flat_pixels(values: np.ndarray, where: np.ndarray) -> int:
+    """How many pixels lie in the midst of a part of one value, of the commonest, that is no step of a slope."""
+    lowest, highest = ndimage.minimum_filter(values, 3), ndimage.maximum_filter(values, 3)
+    flat = where & (lowest == highest)
+    found, sizes = np.unique(values[flat], return_counts=True)
+    cross = ndimage.generate_binary_structure(2, 1)
+    lowest, highest = (some(values, footprint=cross) for some in (ndimage.minimum_filter, ndimage.maximum_filter))
+    count = 0
+    for value in found[np.argsort(-sizes)][:NAMED_AT_MOST]:
+        parts, number = ndimage.label(values == value, np.ones((3, 3)))
+        places = range(1, number + 1)
+        has_lower = np.array(ndimage.minimum(lowest, parts, places)) < value
+        has_higher = np.array(ndimage.maximum(highest, parts, places)) > value
+        on_slope = np.array([False, *(has_lower & has_higher)])[parts]
+        count += int((flat & (parts > 0) & ~on_slope).sum())
+    return count
+
+
+def _some(numbers: Sequence[float] | np.ndarray) -> str:
+    more = " and others" if len(numbers) > NAMED_AT_MOST else ""
+    return ", ".join(f"{number:g}" for number in numbers[:NAMED_AT_MOST]) + more
 
 
 def _whole(high: float) -> float:

@@ -12,21 +12,25 @@ from ssam.data.sources import Source
 MASK_SUFFIX = re.compile(
     r"[ _.\-]+(masks?|seg|segm|segmentations?|labels?|gt|ground[ _\-]?truth|annotations?|anno|roi)([ _\-]?\d+)?$"
 )
+# As in label0001 of img0001, or segmentation-0 of volume-0; and alone, in a folder of its own.
+MASK_PREFIX = re.compile(r"^(masks?|seg|segmentations?|labels?|gt|groundtruth|annotations?)([ _.\-]*\d+)?$")
+IMAGE_PREFIX = re.compile(r"^(images?|imgs?|volume|vol|scan|imaging|ct|mr|mri)([ _.\-]*\d+)$")
 IMAGE_SUFFIX = re.compile(r"[ _.\-]+(image|img|orig|original|scan)$")
 CHANNEL = re.compile(r"_(\d{4})$")
 
 
 def is_mask_name(key: str) -> bool:
-    return MASK_SUFFIX.search(key) is not None
+    return MASK_SUFFIX.search(key) is not None or MASK_PREFIX.match(key.rpartition("/")[2]) is not None
 
 
 def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[Source]]:
-    """The masks of each image, by its key: one of its name, those with a suffix, or the only one of its folder."""
+    """The masks of each image, by its key: of its name, with a suffix, of its number, or alone in its folder."""
     exact = {mask.key: mask for mask in masks}
     by_stem: dict[str, list[Source]] = defaultdict(list)
     for mask in masks:
         if is_mask_name(mask.key):
             by_stem[MASK_SUFFIX.sub("", mask.key)].append(mask)
+    by_number = {number: mask for mask in masks if (number := _number(mask.key, MASK_PREFIX))}
     images_in, masks_in = _by_folder(images), _by_folder(masks)
     places = Counter(image.key.rsplit("/", 1)[0] for image in images if "/" in image.key)
     found = {}
@@ -39,11 +43,20 @@ def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[S
             found[image.key] = by_stem.get(image.key) or by_stem[stem]
         elif stem in exact:
             found[image.key] = [exact[stem]]
+        elif (number := _number(image.key, IMAGE_PREFIX)) in by_number:
+            found[image.key] = [by_number[number]]
         elif folder and len(images_in[folder]) == 1 and len(masks_in[folder]) == 1:
             found[image.key] = masks_in[folder]
         elif folder in exact and places[folder] == 1:
             found[image.key] = [exact[folder]]
     return found
+
+
+def _number(key: str, prefix: re.Pattern[str]) -> tuple[str, str] | None:
+    """The folder and the digits of a name that is a word and a number."""
+    folder, _, name = key.rpartition("/")
+    found = prefix.match(name)
+    return (folder, found[2].strip(" _.-")) if found and found[2] else None
 
 
 def channels_of(images: Sequence[Source]) -> dict[str, list[Source]]:

@@ -8,8 +8,8 @@ one of two ways:
 - or a folder of black and white masks for each label, ``masks/liver``, ``masks/tumor``; an image that has no mask in
   one of them does not have that label, nor has a split that lacks the folder.
 
-nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, and masks beside their images are read as they
-are. Volumes and stacks are read slice by slice.
+nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a
+patient are read as they are. Volumes and stacks are read slice by slice.
 
 Where there are folders ``train``, ``validation`` and ``test``, they are the splits. Otherwise of every ten images, or
 volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
@@ -25,8 +25,9 @@ from pathlib import Path
 
 from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
 from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
-from ssam.data.layouts import SPLIT_NAMES, Pair, Part, coco_split, has_images, read_part
-from ssam.data.reading import Reading, image_scan_of, name_of, numbers_of, read_slice
+from ssam.data.layouts import SPLIT_NAMES, coco_split, has_images, read_part
+from ssam.data.parts import Pair, Part
+from ssam.data.reading import Reading, name_of, numbers_of, read_slice, scan_of
 from ssam.data.sources import folders_in
 from ssam.errors import UserError
 
@@ -83,7 +84,7 @@ class OwnData(SegmentationDataset):
         return Sample(name_of(pair.image, number), image, masks, group)
 
     def scan(self, index: int) -> Scan:
-        return image_scan_of(self.items[index][0].image, self.reading)
+        return scan_of(self.items[index][0].image)
 
 
 def _has_many_folders(pairs: Sequence[Pair]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssam.data.decoding import NIFTI, Scan, as_hounsfield, is_one_picture, suffix_of
+from ssam.data.decoding import NIFTI, Scan, is_one_picture, suffix_of
 from ssam.data.geometry import (
     PLANES,
     STORED,
@@ -22,6 +22,7 @@ from ssam.data.geometry import (
     turned,
 )
 from ssam.data.intensity import LEGACY, parse_intensity, to_channels
+from ssam.data.offset import BY_IMAGE, check_offset, without_offset
 from ssam.data.sources import Source
 from ssam.errors import UserError
 
@@ -40,15 +41,18 @@ class Reading:
         plane: Of volumes: a name in `PLANES`, or as the file stores it.
         resample_masks: Whether a mask on another grid is brought to its image's.
         modality: What the images are, where something beside the files says so.
+        offset: What CT's values were stored with; see `ssam.data.offset`.
     """
 
     intensity: str = LEGACY
     plane: str = "axial"
     resample_masks: bool = False
     modality: str = ""
+    offset: str = BY_IMAGE
 
     def __post_init__(self) -> None:
         parse_intensity(self.intensity)
+        check_offset(self.offset)
         if self.plane not in (*PLANES, STORED):
             raise UserError(f"plane is {self.plane!r}, but it must be one of {', '.join((*PLANES, STORED))}.")
 
@@ -93,7 +97,11 @@ def image_scan_of(source: Source, reading: Reading) -> Scan:
     """A source that is no mask: as `scan_of`, with CT's values below zero wherever the file has put them."""
     if reading.intensity == LEGACY:
         return scan_of(source)
-    return _KEPT.get((source.path, source.files, "image"), lambda: as_hounsfield(scan_of(source)))
+    return _KEPT.get((source.path, source.files, reading.offset), lambda: as_read(scan_of(source), reading))
+
+
+def as_read(scan: Scan, reading: Reading) -> Scan:
+    return scan if reading.intensity == LEGACY else without_offset(scan, reading.offset)
 
 
 def name_of(source: Source, number: int | None) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from ssam.data.decoding import Scan, decode, is_dicom, suffix_of
+from ssam.data.quiet import pydicom
+from ssam.data.stacking import normal_of, order_of, problem_of
 from ssam.errors import UserError, first_line
 
 JUNK_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 JUNK_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "dicomdir", ".ds_store"}
-# Pixels that a header beside them refers to.
-COMPANIONS = (".raw", ".zraw", ".raw.gz")
+# Pixels that a header beside them refers to, or the header of such pixels.
+COMPANIONS = (".raw", ".zraw", ".raw.gz", ".hdr")
 HEADER_TAGS = (
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -29,9 +31,8 @@ HEADER_TAGS = (
     "Columns",
     "NumberOfFrames",
     "AcquisitionNumber",
+    "ImageType",
 )
-# Of the usual distance of two slices.
-UNEVEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ class Source:
         name: Its place in the folder it was found in, without the ending: what a mask of it is called.
         files: Of a series, its slices from one end to the other.
         problem: Why it cannot be read, where that is known already.
+        is_localizer: Whether it is DICOM's picture for planning a scan, which nobody segments.
+        hint: What to do if it should have a mask and has none.
     """
 
     path: Path
     name: str
     files: tuple[Path, ...] = ()
     problem: str = ""
+    is_localizer: bool = False
+    hint: str = ""
 
     @property
     def key(self) -> str:
@@ -120,8 +125,14 @@ def by_key(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def _walk(folder: Path, skip: Sequence[Path]) -> Iterator[tuple[Path, list[Path]]]:
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         inner = Path(root)
+        place = inner.resolve()
+        if place in seen:  # a link that leads back
+            folders[:] = []
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not is_junk(inner / name) and inner / name not in skip)
         yield inner, sorted(inner / name for name in names if not is_junk(Path(name)))
 
@@ -149,12 +160,17 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
         return [_single(path, folder) for path in paths]
     series: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
     singles: list[Source] = []
+    unplaced = []
     for path in paths:
         header = _header(path)
-        if header is not None and "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1:
+        is_slice = header is not None and int(header.get("NumberOfFrames") or 1) == 1
+        if header is not None and "LOCALIZER" in (header.get("ImageType") or ()):
+            singles.append(replace(_single(path, folder), is_localizer=True))
+        elif is_slice and "ImagePositionPatient" in header:
             series[_series_key(header)].append((path, header))
         else:
-            singles.append(_single(path, folder))
+            unplaced.append(_single(path, folder))
+    singles += [replace(source, hint=_hint_on_places(inner, len(unplaced))) for source in unplaced]
     volumes = [slices for slices in series.values() if len(slices) > 1]
     singles += [_single(slices[0][0], folder) for slices in series.values() if len(slices) == 1]
     place = inner.relative_to(folder).as_posix()
@@ -162,7 +178,8 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     many = len(volumes) > 1
     for number, slices in enumerate(volumes, start=1):
         said = slices[0][1].get("SeriesNumber")
-        singles.append(_volume(inner, f"{name}_series{said or number}" if many else name, slices))
+        volume = _volume(inner, f"{name}_series{said or number}" if many else name, slices)
+        singles.append(replace(volume, hint=_hint_on_series(inner, volumes) if many else ""))
     names = [source.key for source in singles]
     if len(set(names)) < len(names):  # two series of one number
         singles = [
@@ -172,11 +189,29 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     return singles
 
 
-def _header(path: Path) -> Any:
-    import pydicom
+def _hint_on_places(folder: Path, count: int) -> str:
+    if count < 2:
+        return ""
+    return (
+        f"the {count} DICOM files of {folder} say no place (ImagePositionPatient), so each is a picture of its own: "
+        "give each a mask of its name, or save them as a volume, with dcm2niix for example."
+    )
 
+
+def _hint_on_series(folder: Path, volumes: Sequence[Sequence[tuple[Path, Any]]]) -> str:
+    said = "; ".join(
+        f"series {slices[0][1].get('SeriesNumber')}, {len(slices)} slices from {slices[0][0].name}"
+        for slices in volumes
+    )
+    return (
+        f"{folder} holds {len(volumes)} DICOM series ({said}): leave the one that was segmented there, and move the "
+        "others."
+    )
+
+
+def _header(path: Path) -> Any:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
+        return pydicom().dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
     except Exception:
         return None  # which decoding it will say more of
 
@@ -189,26 +224,11 @@ def _series_key(header: Any) -> tuple[Any, ...]:
 def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
     """A series in the order of its slices' positions, with what is wrong with them."""
     try:
-        across = np.array(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]), dtype=float)
-        normal = np.cross(across[:3], across[3:])
-        places = [float(np.dot(normal, np.array(header.ImagePositionPatient, dtype=float))) for _, header in slices]
+        normal = normal_of(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]))
+        places = np.array([header.ImagePositionPatient for _, header in slices], dtype=float)
+        order = order_of(places, normal)
     except (ValueError, TypeError) as error:
         return Source(path, name, problem=f"{path} has slices without a place ({first_line(error)}); remove them.")
-    order = np.argsort(places, kind="stable")
     files = tuple(slices[index][0] for index in order)
-    gaps = np.diff(np.array(places)[order])
-    usual = float(np.median(gaps))
-    problem = ""
-    if gaps.min() < 1e-3:
-        first = int(gaps.argmin())
-        problem = (
-            f"{path} has two slices in one place, {files[first].name} and {files[first + 1].name}: several time "
-            "points, echoes or copies; keep one of them."
-        )
-    elif np.abs(gaps - usual).max() > UNEVEN * usual:
-        first = int(np.abs(gaps - usual).argmax())
-        problem = (
-            f"{path} has slices {usual:g} mm apart, but {files[first].name} and {files[first + 1].name} are "
-            f"{gaps[first]:g} mm apart; add the slices that are missing, or save it as an even volume."
-        )
-    return Source(path, name, files, problem)
+    problem = problem_of(places[order], normal, [file.name for file in files])
+    return Source(path, name, files, f"{path} has {problem}" if problem else "")

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -15,9 +16,11 @@ from scipy import ndimage
 
 from ssam.data.base import Sample, SegmentationDataset
 from ssam.data.decoding import Scan
+from ssam.data.doubts import doubt_about
 from ssam.data.geometry import orientation_of
 from ssam.data.intensity import describe
 from ssam.data.loading import Framing, masks_for_training
+from ssam.data.reading import Reading, as_read
 
 # Of the image's shorter side: how far around a label its surroundings reach.
 SURROUNDINGS = 0.03
@@ -55,6 +58,7 @@ class Survey:
         self.images = 0
         self.blank = 0
         self.names_by_content: dict[str, str] = {}
+        self.doubts: dict[Path, str] = {}
         self._lock = Lock()
 
     def add(self, sample: Sample) -> None:
@@ -80,6 +84,11 @@ class Survey:
                     count.vanished.append(sample.name)
                 if (contrast := contrasts[place]) is not None:
                     count.contrasts.append(contrast)
+
+    def look_at(self, scan: Scan | None, reading: Reading) -> None:
+        """Takes in the file of a sample, once."""
+        if scan is not None and scan.path not in self.doubts:
+            self.doubts[scan.path] = doubt_about(as_read(scan, reading), reading)
 
     def _contrast(self, sample: Sample, mask: np.ndarray) -> float | None:
         if not self.with_contrast or not mask.any():
@@ -114,7 +123,7 @@ def describe_files(dataset: SegmentationDataset) -> list[dict[str, Any]]:
     for index in range(len(dataset)):
         scan = dataset.scan(index)
         if scan is not None and scan.path not in files:
-            files[scan.path] = _describe_file(scan, dataset)
+            files[scan.path] = _describe_file(as_read(scan, dataset.reading), dataset)
     return list(files.values())
 
 
@@ -151,12 +160,18 @@ def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
         f'no training image has the label "{label}": it cannot be learned, and is kept out of means'
         for label in train.absent()
     ]
+    lines += [
+        f'"{label}" covers all of each of the {count.images} training images that have it; look at the masks'
+        for label, count in train.labels.items()
+        if count.shares and min(count.shares) == 1
+    ]
     for label, count in train.labels.items():
         if count.vanished:
             lines.append(
                 f'"{label}" vanishes at the model\'s size from {len(count.vanished)} of the {count.images} training '
                 f"images that have it, first {count.vanished[0]}; {train.framing.remedy}"
             )
+    lines += [line for split, survey in surveys.items() for line in _doubts_of(split, survey)]
     pairs = shared_images(surveys)
     if pairs:
         split, name, other, name_there = pairs[0]
@@ -165,6 +180,15 @@ def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
             "scores of images that were trained on say nothing"
         )
     return lines
+
+
+def _doubts_of(split: str, survey: Survey) -> list[str]:
+    counts = Counter(doubt for doubt in survey.doubts.values() if doubt)
+    first = {doubt: path for path, doubt in sorted(survey.doubts.items(), reverse=True)}
+    return [
+        f"{count} of the {len(survey.doubts)} files of {split}, first {first[doubt]}, {doubt}"
+        for doubt, count in counts.items()
+    ]
 
 
 def _mean(values: Sequence[float]) -> float | None:
