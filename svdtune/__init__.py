@@ -7,8 +7,9 @@ from svdtune.config import SVDScaleShiftConfig
 from svdtune.hotswap import hotswap_adapter
 from svdtune.model import SVDScaleShiftModel
 from svdtune.registration import register
+from svdtune.sam_conversion import convert_sam_adapter
 from svdtune.version import __version__
 
 register(SVDScaleShiftConfig, SVDScaleShiftModel)
 
-__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "hotswap_adapter"]
+__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "convert_sam_adapter", "hotswap_adapter"]
