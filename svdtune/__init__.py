@@ -3,6 +3,10 @@
 Importing this package registers the method, so that ``peft`` can create, save and load its adapters.
 """
 
+from svdtune.versions import check_versions
+
+check_versions()  # before what would fail in other words
+
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.hotswap import hotswap_adapter
 from svdtune.model import SVDScaleShiftModel
