@@ -42,13 +42,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         svd_scale_shift_shift: B of each adapter that learns it, (g * rank,), in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
+        scaling: What each adapter's change of the singular values is multiplied by; not saved.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
     adapter_layer_names = ("svd_scale_shift_scale", "svd_scale_shift_shift")
-    other_param_names = ("rank", "nonlinearity")
+    other_param_names = ("rank", "nonlinearity", "scaling")
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.svd_scale_shift_shift = nn.ParameterDict()
         self.rank: dict[str, int] = {}
         self.nonlinearity: dict[str, str] = {}
+        self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -87,6 +89,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self.spectrum = Spectrum(matrices, rank, sides, cache)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
+        self.scaling[adapter_name] = 1.0
         values = self.spectrum.leading(self.spectrum.singular_values, rank)
         noise = 0.0 if config.init_weights else 1.0
         if config.scale:
@@ -154,7 +157,29 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         scale = _stacked(self.svd_scale_shift_scale, adapter_names, torch.ones_like(singular_values))
         shift = _stacked(self.svd_scale_shift_shift, adapter_names, torch.zeros_like(singular_values))
         transformed = transform_singular_values(singular_values, scale, shift, nonlinearity)
-        return self.spectrum.padded(transformed - singular_values, rank)
+        change = self._scaled(transformed - singular_values, adapter_names)
+        return self.spectrum.padded(change, rank)
+
+    def _scaled(self, changes: Tensor, adapter_names: list[str]) -> Tensor:
+        factors = [self.scaling[name] for name in adapter_names]
+        if all(factor == 1 for factor in factors):
+            return changes
+        return changes * torch.tensor(factors, dtype=changes.dtype, device=changes.device)[:, None]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's change of the weight by a number, as diffusers' ``set_adapters`` asks for."""
+        if self.has_adapter(adapter_name):
+            self.scaling[adapter_name] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the changes of the active adapters by a number more."""
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            self.scaling[adapter_name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The reverse of `scale_layer`; without a number, of all that was multiplied."""
+        for adapter_name in filter(self.has_adapter, self.active_adapters):
+            self.scaling[adapter_name] = 1.0 if scale is None else self.scaling[adapter_name] / scale
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
