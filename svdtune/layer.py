@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from svdtune.cache import cache_folder
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.functional import transform_singular_values
+from svdtune.known_weight import KnownWeight
 from svdtune.spectrum import Sides, Spectrum
 
 BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter changes
@@ -76,6 +77,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         rank = config.rank_of(rank_pattern_key, min(matrices.shape[1:]))
         sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
         self.spectrum = Spectrum(matrices, rank, sides, cache)
+        self._known_weight: KnownWeight | None = None
+        self._numel_of_weight = matrices.numel()  # under FSDP a process may hold a part of it
+        self._know_weight()
         self.update_layer(adapter_name, config, rank_pattern_key)
 
     def update_layer(
@@ -196,6 +200,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         elif self.merged:
             return self.base_layer(x, *args, **kwargs)
         else:
+            self._follow_weight()
             change = self._change_of_active_adapters()
         if change is None:
             return self.base_layer(x, *args, **kwargs)
@@ -340,6 +345,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         after = self.spectrum.dtype
         if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
             self._decompose(self._unmerged_weight().to(self.spectrum.left))
+        self._know_weight()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -361,6 +367,20 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _decompose(self, weight: Tensor) -> None:
         """Takes another weight apart as the one before."""
         self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, cache_folder(None))
+        self._know_weight()
+
+    def _know_weight(self) -> None:
+        if self.quantization_backend is None:
+            self._known_weight = KnownWeight(self._unmerged_weight())
+
+    def _follow_weight(self) -> None:
+        """Decomposes again where the weight was written to: processes may differ until DDP sends that of the first."""
+        known = self._known_weight
+        if known is None or self.merged or torch.compiler.is_compiling():
+            return
+        weight = self.weight
+        if weight.numel() == self._numel_of_weight and known.is_another(weight):
+            self._decompose(weight.detach())
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
