@@ -46,4 +46,5 @@ def _answer_of(weight: Tensor) -> Tensor | None:
         return None
     rows = weight.detach().flatten(1)
     probe = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32).cos()
-    return (rows.float() @ probe).cpu()
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.float() @ probe).cpu()
