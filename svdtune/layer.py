@@ -370,8 +370,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self._know_weight()
 
     def _know_weight(self) -> None:
-        if self.quantization_backend is None:
-            self._known_weight = KnownWeight(self._unmerged_weight())
+        if self.quantization_backend is None and not self.merged:
+            self._known_weight = KnownWeight(self.weight)  # not its `data`, which has no count of writes in common
 
     def _follow_weight(self) -> None:
         """Decomposes again where the weight was written to: processes may differ until DDP sends that of the first."""
