@@ -182,6 +182,28 @@ def mixed_batch(method: Method) -> None:
     check(close(mixed[1], expected), "the second sample has not its adapter")
 
 
+def copied_by_name(method: Method) -> None:
+    """As trl's DPO, KTO and GRPO trainers make their reference of the trained adapter."""
+    model = method.tuned()
+    expected = model(X)
+    model.add_adapter("ref", method.config())
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.base_model.set_adapter("ref")
+    check(close(model(X), expected), "the reference is another adapter")
+
+
+def weighted(method: Method) -> None:
+    """As diffusers' `set_adapters([...], weights)` does to each layer."""
+    base = Net(nn.Linear(8, 8)).eval()
+    untuned = base(X)
+    model = method.tuned(base)
+    change = model(X) - untuned
+    model.base_model.model.layer.set_scale("default", 0.5)
+    check(close(model(X) - untuned, 0.5 * change), "the change is not half of it")
+
+
 def hot_swap(method: Method) -> None:
     swap = hotswap_adapter if method.config_class is SVDScaleShiftConfig else pefts_hotswap_adapter
     base = Net(nn.Linear(8, 8))
@@ -290,6 +312,8 @@ TRIALS: dict[str, Callable[[Method], None]] = {
     "a mixed batch, `adapter_names`": mixed_batch,
     "`add_weighted_adapter`, exact": exact_sum,
     "hot-swap": hot_swap,
+    "trl's references, copied by name": copied_by_name,
+    "diffusers' `set_adapters(..., weights)`": weighted,
     "`disable_adapter` to the last bit": disabling_gives_the_base,
     "`unmerge` restores every bit (bfloat16)": unmerge_restores_every_bit,
     "`torch.compile(fullgraph=True)`": compiles,

@@ -3,13 +3,25 @@
 Importing this package registers the method, so that ``peft`` can create, save and load its adapters.
 """
 
+from svdtune.versions import check_versions
+
+check_versions()  # before what would fail in other words
+
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.hotswap import hotswap_adapter
 from svdtune.model import SVDScaleShiftModel
 from svdtune.optimization import parameter_groups
 from svdtune.registration import register
+from svdtune.sam_conversion import convert_sam_adapter
 from svdtune.version import __version__
 
 register(SVDScaleShiftConfig, SVDScaleShiftModel)
 
-__all__ = ["SVDScaleShiftConfig", "SVDScaleShiftModel", "__version__", "hotswap_adapter", "parameter_groups"]
+__all__ = [
+    "SVDScaleShiftConfig",
+    "SVDScaleShiftModel",
+    "__version__",
+    "convert_sam_adapter",
+    "hotswap_adapter",
+    "parameter_groups",
+]

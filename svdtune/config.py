@@ -22,6 +22,7 @@ from svdtune.files import (
     mention_plugin,
     remove_link,
 )
+from svdtune.installing import how_to_install
 from svdtune.learned import FORMAT_VERSION
 from svdtune.registration import peft_type
 
@@ -141,7 +142,7 @@ class SVDScaleShiftConfig(PeftConfig):
         if self.format_version is not None and self.format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"`format_version` is {self.format_version!r}; this svdtune reads adapters up to version "
-                f"{FORMAT_VERSION}. Upgrade svdtune: pip install -U svdtune."
+                f"{FORMAT_VERSION}. Install a newer svdtune: {how_to_install()}."
             )
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from svdtune.digests import Measurement, digests_of_file
+from svdtune.installing import how_to_install
 
 # Where the digests of a config hold the one of its own choices. Names of tensors have no such form.
 CHOICES = CONFIG_NAME
@@ -23,7 +24,7 @@ CLOCK_SECONDS = 0.02
 HOW_TO_LOAD = """
 ## How to load this adapter
 
-Its method comes from the package `svdtune` (`pip install svdtune`); import it first, and PEFT knows the method.
+Its method comes from the package `svdtune` (`{install}`); import it first, and PEFT knows the method.
 
 ```python
 import svdtune  # registers SVD_SCALE_SHIFT
@@ -116,7 +117,7 @@ def mention_plugin(folder: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")  # several processes may save at once
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(card.rstrip() + "\n" + HOW_TO_LOAD)
+            file.write(card.rstrip() + "\n" + HOW_TO_LOAD.format(install=how_to_install()))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

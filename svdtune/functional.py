@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from svdtune.float16 import Divided, Multiplied, ScaledProjections, divisor_of_images, divisor_of_rows
 
@@ -169,8 +170,8 @@ def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backwa
     factored = rows * rank * (out_features + in_features)
     rebuilt = (rows + rank) * out_features * in_features
     if not backward:
-        return rebuilt < factored
-    return in_features == rank and 3 * rebuilt < 2 * factored
+        return _holds(rebuilt < factored)
+    return in_features == rank and _holds(3 * rebuilt < 2 * factored)
 
 
 def coordinates_of(x: Tensor, vectors: Tensor, *values: Tensor, bias: Tensor | None = None) -> Coordinates:
@@ -273,6 +274,11 @@ def _times(x: Tensor, divisor: Tensor | None) -> Tensor:
     return x if divisor is None else x * divisor
 
 
+def _holds(condition: bool) -> bool:
+    """A comparison of sizes; False where a compiler or an exporter leaves them open, so that its graph serves all."""
+    return statically_known_true(condition) if torch.compiler.is_compiling() else condition
+
+
 def _scaled(coordinates: Tensor, values: Tensor) -> Tensor:
     """``coordinates`` (B, ..., r) times ``values`` (r,) or (B, r), multiplied in the values' precision."""
     return (coordinates * _for_each_row(values, coordinates.ndim)).to(coordinates.dtype)
@@ -289,7 +295,7 @@ def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tens
     Shapes: rows (..., r), values (r,) or (B, r), matrix (out, r), bias (out,); returns (..., out).
     """
     bias = None if bias is None else bias.to(rows.dtype)
-    if values.ndim == 1 and rows.numel() > matrix.numel():
+    if values.ndim == 1 and _holds(rows.numel() > matrix.numel()):
         return F.linear(rows, (matrix * values).to(rows.dtype), bias)
     return F.linear(_scaled(rows, values), matrix.to(rows.dtype), bias)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svdtune.cache import cache_folder
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.functional import change_of_singular_values
+from svdtune.known_weight import KnownWeight
 from svdtune.learned import LearnedVector, ToBeRead, stacked
 from svdtune.offloading import brought_back
 from svdtune.reading import weight_to_read
@@ -47,13 +48,16 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         svd_scale_shift_b: B of each adapter that learns it, (g * rank,), from zero, in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
+        scaling: What an adapter's change of the singular values is multiplied by, if by another number than one; not
+            saved.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
     """
 
     adapter_layer_names = ("svd_scale_shift_a", "svd_scale_shift_b")
-    other_param_names = ("rank", "nonlinearity")
+    cast_input_dtype_enabled = True  # diffusers' layerwise casting sets it
+    other_param_names = ("rank", "nonlinearity", "scaling")
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.svd_scale_shift_b = nn.ModuleDict()
         self.rank: dict[str, int] = {}
         self.nonlinearity: dict[str, str] = {}
+        self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.threads_of_mixed_batches: set[int] = set()
         self._disable_adapters = False
@@ -80,6 +85,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         rank = config.rank_of(rank_pattern_key, min(matrices.shape[1:]))
         sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
         self.spectrum = Spectrum(matrices, rank, sides, cache)
+        self._known_weight: KnownWeight | None = None
+        self._numel_of_weight = matrices.numel()  # under FSDP a process may hold a part of it
+        self._know_weight()
         self.update_layer(adapter_name, config, rank_pattern_key)
 
     def update_layer(
@@ -93,6 +101,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self.spectrum = Spectrum(matrices, rank, sides, cache)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
+        self.scaling.pop(adapter_name, None)
         count = len(self.spectrum.leading(self.spectrum.singular_values, rank))
         noise = 0.0 if config.init_weights else 1.0
         if config.scale:
@@ -120,7 +129,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         It does where few values are tuned, and where a quantised layer must compute its own product anyway. Where all
         are tuned, holding both sides saves that product.
         """
-        if one_sided or rank < min(matrices.shape[1:]) or self.quantization_backend is not None:
+        if one_sided or rank < min(matrices.shape[1:]) or self._is_packed:
             return self.smaller_side(matrices)
         return "both"
 
@@ -169,7 +178,31 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         untouched = torch.zeros_like(singular_values)
         a = stacked(self.svd_scale_shift_a, adapter_names, untouched)
         b = stacked(self.svd_scale_shift_b, adapter_names, untouched)
-        return self.spectrum.padded(change_of_singular_values(singular_values, a, b, nonlinearity), rank)
+        change = change_of_singular_values(singular_values, a, b, nonlinearity)
+        return self.spectrum.padded(self._scaled(change, adapter_names), rank)
+
+    def _scaled(self, changes: Tensor, adapter_names: list[str]) -> Tensor:
+        if not self.scaling:
+            return changes
+        factors = [self.scaling.get(name, 1.0) for name in adapter_names]
+        return changes * torch.tensor(factors, dtype=changes.dtype, device=changes.device)[:, None]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's change of the weight by a number, as diffusers' ``set_adapters`` asks for."""
+        if self.has_adapter(adapter_name):
+            self.scaling[adapter_name] = scale
+            if scale == 1:
+                del self.scaling[adapter_name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the changes of the active adapters by a number more."""
+        for adapter_name in self.active_adapters:
+            self.set_scale(adapter_name, self.scaling.get(adapter_name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The reverse of `scale_layer`; without a number, of all that was multiplied."""
+        for adapter_name in self.active_adapters:
+            self.set_scale(adapter_name, 1.0 if scale is None else self.scaling.get(adapter_name, 1.0) / scale)
 
     @property
     def weight(self) -> Tensor:
@@ -184,6 +217,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             return self._parameter()
         if self.threads_of_mixed_batches and threading.get_ident() in self.threads_of_mixed_batches:
             return weight_to_read(self.spectrum.singular_values, _refuse_to_read, self._like_weight())
+        self._follow_weight()
         change = self._change_of_active_adapters()
         if change is None:
             return self._parameter()
@@ -197,10 +231,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             return weight.to(difference.dtype).add(difference).to(weight.dtype)
 
     def _like_weight(self) -> Tensor:
-        """A tensor with the shape, dtype and device of the weight; the values may be packed where it is quantised."""
-        if self.quantization_backend is None:
-            return self._parameter()
-        return self.spectrum.left.new_empty(()).expand(self.out_features, self.in_features)
+        """A tensor with the shape, dtype and device that W' has; the weight may be packed where it is quantised."""
+        if self.quantization_backend is not None:
+            return self.spectrum.left.new_empty(()).expand(self.out_features, self.in_features)
+        weight = self._parameter()
+        return self.spectrum.left.new_empty(()).expand(weight.shape) if _is_float8(weight) else weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
@@ -212,6 +247,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        self._follow_weight()
         if adapter_names is not None:
             change = self._change_of_each_sample(x, adapter_names)
         elif self.merged:
@@ -235,7 +271,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         base_layer = self.base_layer
         hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
         patched = "forward" in base_layer.__dict__
-        return bool(hooked) or patched or self.quantization_backend is not None
+        return bool(hooked) or patched or self._is_packed
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether the weight is held in fewer digits than it is multiplied with."""
+        return self.quantization_backend is not None or _is_float8(self._parameter())
 
     def _change_of_active_adapters(self) -> Tensor | None:
         change = None
@@ -284,7 +325,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         change = torch.stack([self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]).sum(0)
         present = self.get_base_weight()
         merged = (self._unmerged_weight().to(change) + change).to(present)
-        if safe_merge and not merged.isfinite().all():
+        if safe_merge and not _readable(merged).isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
             )
@@ -318,9 +359,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _unmerged_weight(self) -> Tensor:
         """The weight that was decomposed, whether or not adapters are merged into the layer now."""
         if not self.merged:
-            return self.get_base_weight().detach()
+            return _readable(self.get_base_weight().detach())
         if self.quantization_backend is None:
-            return self._before_merge[0].detach()
+            return _readable(self._before_merge[0].detach())
         return self.quantization_backend.get_base_weight(self._before_merge[0]).detach()
 
     def _parameter(self) -> nn.Parameter:
@@ -361,6 +402,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         after = self.spectrum.dtype
         if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
             self._decompose(self._unmerged_weight().to(self.spectrum.left))
+        self._know_weight()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -370,7 +412,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         loaded = state_dict.get(key)
         if loaded is None or self.quantization_backend is not None or loaded.shape != self._parameter().shape:
             return
-        known, loaded = _whole(self._parameter().detach()), _whole(loaded.detach())
+        known, loaded = (_readable(_whole(tensor.detach())) for tensor in (self._parameter(), loaded))
         if not known.is_meta:
             loaded = loaded.to(known)
             if torch.equal(loaded, known):
@@ -382,6 +424,20 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _decompose(self, weight: Tensor) -> None:
         """Takes another weight apart as the one before."""
         self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, cache_folder(None))
+        self._know_weight()
+
+    def _know_weight(self) -> None:
+        if self.quantization_backend is None and not self.merged:
+            self._known_weight = KnownWeight(self._parameter())  # not its `data`, which counts its own writes
+
+    def _follow_weight(self) -> None:
+        """Decomposes again where the weight was written to: processes may differ until DDP sends that of the first."""
+        known = self._known_weight
+        if known is None or self.merged or torch.compiler.is_compiling():
+            return
+        weight = self._parameter()
+        if weight.numel() == self._numel_of_weight and known.is_another(weight):
+            self._decompose(_readable(weight.detach()))
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
@@ -409,6 +465,15 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP has sharded, gathered from all processes; others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") and not tensor.is_meta else tensor
+
+
+def _is_float8(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() == 1
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """A weight in float8, for which torch has hardly a function, as bfloat16, which holds all its values."""
+    return weight.bfloat16() if _is_float8(weight) else weight
 
 
 def _refuse_to_read(_: Tensor) -> Tensor:

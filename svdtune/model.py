@@ -34,7 +34,7 @@ from svdtune.layer import SVDScaleShiftLayer
 from svdtune.learned import LearnedVector, in_present_format
 from svdtune.mixed_batch import adapter_of_each_sample
 from svdtune.places import Place, places_of_each, twins_of_each
-from svdtune.targets import DEFAULT_TARGET_MODULES
+from svdtune.targets import DEFAULT_TARGET_MODULES, default_by_class
 from svdtune.wrapping import new_layer, update_existing_layer
 
 
@@ -76,9 +76,13 @@ class SVDScaleShiftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Looks up the default targets; a model that has none needs none where parameters are targeted."""
-        if peft_config.target_parameters and model_config["model_type"] not in self.target_module_mapping:
-            return peft_config
-        return super()._prepare_adapter_config(peft_config, model_config)
+        model_type = model_config.get("model_type")  # diffusers' configs have none
+        if model_type not in self.target_module_mapping:
+            if peft_config.target_parameters:
+                return peft_config
+            if peft_config.target_modules is None:
+                peft_config.target_modules = default_by_class(self.model)
+        return super()._prepare_adapter_config(peft_config, {**model_config, "model_type": model_type})
 
     def _create_and_replace(  # type: ignore[override]  # PEFT passes our own config
         self,

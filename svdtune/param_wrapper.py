@@ -84,8 +84,10 @@ class ParamWrapper(SVDScaleShiftLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         untuned = self.disable_adapters or self.merged or adapter_names is not None
-        change = None if untuned else self._change_of_active_adapters()
         with self._one_thread():
+            if not untuned:
+                self._follow_weight()
+            change = None if untuned else self._change_of_active_adapters()
             if change is None:
                 return self.base_layer(*args, **kwargs)
             with self._parameter_reads(self.changed_weight(change)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 
 _ENCODER_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 _VISION_TRANSFORMER = [
@@ -14,6 +15,8 @@ _VISION_TRANSFORMER = [
 ]
 _SAM = ["qkv", "proj", "lin1", "lin2"]
 _SAM2 = ["qkv", "proj", "proj_in", "proj_out"]
+# In the official segment_anything package, where the encoder may stand alone.
+_OFFICIAL_SAM = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))"
 _SAM3 = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
@@ -53,3 +56,21 @@ DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
     "siglip_vision_model": _ENCODER_LAYERS,
     "siglip2": _ENCODER_LAYERS,
 }
+
+
+def default_by_class(model: nn.Module) -> str | None:
+    """The default targets of models that have no transformers' config, as a regular expression; None if none is known.
+
+    They are known for the encoder of the official ``segment_anything`` package, of its copies in MedSAM, SAM-HQ,
+    MobileSAM and others, and of subclasses; and for whatever has one as its ``image_encoder``, as ``Sam`` does.
+    """
+    encoders = (model, getattr(model, "image_encoder", None))
+    return _OFFICIAL_SAM if any(map(_is_official_encoder, encoders)) else None
+
+
+def _is_official_encoder(module: object) -> bool:
+    """By name, since each copy has classes of its own, and importing one must not be needed to tell."""
+    return any(
+        one.__name__ == "ImageEncoderViT" and f".{one.__module__}".endswith(".modeling.image_encoder")
+        for one in type(module).__mro__
+    )

@@ -216,6 +216,14 @@ def test_without_targets_the_linear_layers_of_every_encoder_block_are_tuned(mode
     assert not any("mask_decoder" in name or "prompt_encoder" in name or "head" in name for name in names)
 
 
+def test_a_config_without_a_model_type_is_no_hindrance():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model.config = {"sample_size": 8}  # as diffusers' models have it
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(model, SVDScaleShiftConfig())
+    assert get_peft_model(model, SVDScaleShiftConfig(target_modules=["0"])).base_model.targeted_module_names == ["0"]
+
+
 @pytest.mark.parametrize(
     "choices, message",
     [

@@ -167,3 +167,31 @@ def _memory(rank, width):
     vectors = sum(tensor.nbytes for layer in layers for tensor in (layer.spectrum.left, layer.spectrum.right))
     assert weights == 12 * width**2 * 4 / 2
     assert vectors == 16 * width**2 * 4
+
+
+@pytest.mark.parametrize("choices", [{}, {"one_sided": True}, {"rank": 3}], ids=str)
+def test_vectors_follow_the_base_weight_that_ddp_sends(choices, train, paper_weight, relative_error):
+    """Processes without a common seed have base weights of their own until DDP sends those of the first."""
+    in_two_processes(_with_another_base, choices, train, paper_weight, relative_error)
+
+
+def _with_another_base(rank, choices, train, paper_weight, relative_error):
+    torch.manual_seed(rank)
+    base = nn.Sequential(nn.Linear(12, 8))
+    model = get_peft_model(base, SVDScaleShiftConfig(target_modules=["0"], **choices))
+    before = model.base_model.model[0].base_layer.weight.clone()
+    wrapped = DistributedDataParallel(model)
+    torch.manual_seed(7)
+    train(model)
+    x = torch.randn(5, 12)
+    answers = [torch.empty(5, 8) for _ in range(2)]
+    dist.all_gather(answers, wrapped(x).detach())
+    assert torch.equal(*answers)
+
+    layer = model.base_model.model[0]
+    assert torch.equal(layer.base_layer.weight, before) == (rank == 0)
+    count, scale, shift = layer.rank["default"], torch.ones(8), torch.zeros(8)
+    scale[:count] = layer.svd_scale_shift_scale["default"].detach()
+    shift[:count] = layer.svd_scale_shift_shift["default"].detach()
+    weight = paper_weight(layer.base_layer.weight, scale, shift)
+    assert relative_error(answers[0], x.double() @ weight.T + layer.bias.detach().double()) < 1e-5

@@ -475,3 +475,20 @@ def test_a_weight_that_is_not_finite_is_refused(broken):
 def test_a_weight_without_values_is_refused():
     with pytest.raises(ValueError, match=r"meta device.*Load the base model before"):
         tuned(nn.Linear(6, 4, device="meta"))
+
+
+@each_form
+@pytest.mark.parametrize(
+    "make_layer, input_shape", [LAYERS["linear, wide"], LAYERS["conv, groups"]], ids=["linear", "conv"]
+)
+def test_a_base_weight_that_is_written_to_is_decomposed_again(
+    make_layer, input_shape, one_sided, train, paper_weight, relative_error
+):
+    layer, x = train(tuned(make_layer(), one_sided=one_sided)), torch.randn(input_shape)
+    base_layer, before = layer.get_base_layer(), layer(x)
+    with torch.no_grad():
+        base_layer.weight.copy_(torch.randn_like(base_layer.weight))
+    weight = paper_weight(base_layer.weight, *scale_and_shift(layer), getattr(base_layer, "groups", 1))
+    expected = base_forward(base_layer, x, weight)
+    assert relative_error(layer(x), expected) < 1e-5
+    assert relative_error(before, expected) > 0.5

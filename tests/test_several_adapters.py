@@ -332,3 +332,39 @@ def test_hotswap_refuses_a_merged_or_missing_adapter(base, saved):
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged; unmerge_adapter"):
         hotswap_adapter(model, folder)
+
+
+# Weights, as diffusers' `set_adapters([...], weights)` gives them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choices", [{}, {"rank": 3}], ids=["full rank", "rank"])
+def test_adapters_are_weighted_as_diffusers_does(choices, dtype, train, relative_error):
+    weights = {"one": 0.5, "two": -0.25}
+    base = nn.Sequential(nn.Linear(16, 20)).to(dtype)
+    x, weight = torch.randn(5, 16).to(dtype), base[0].weight.double().clone()
+    config = SVDScaleShiftConfig(target_modules=["0"], **choices)
+    model = get_peft_model(base, config, adapter_name="one")
+    model.add_adapter("two", config)
+    train(train(model, "one"), "two").base_model.set_adapter(list(weights))
+    layer, expected = model.base_model.model[0], weight.clone()
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    for name, factor in weights.items():
+        change = layer.change_of_singular_values(name).double()
+        expected += factor * left[:, : len(change)] @ torch.diag(change) @ right[: len(change)]
+        layer.set_scale(name, factor)
+    layer.set_scale("unknown", 3.0)
+    output = x.double() @ expected.mT + layer.bias.double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert relative_error(model(x), output) < tolerance
+
+    layer.scale_layer(2.0)
+    assert relative_error(model(x), output) > 0.05
+    layer.unscale_layer(2.0)
+    model.merge_adapter()
+    assert relative_error(model(x), output) < tolerance
+    model.unmerge_adapter()
+    model.delete_adapter("two")
+    assert layer.scaling == {"one": weights["one"]}
+    layer.unscale_layer()
+    assert layer.scaling == {}

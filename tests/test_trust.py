@@ -360,7 +360,7 @@ def test_an_adapter_from_before_there_were_digests_loads_as_it_did(saved):
 
 def test_an_adapter_of_a_later_version_is_refused(saved):
     edit_config(saved, format_version=99)
-    with pytest.raises(ValueError, match=r"`format_version` is 99; .* Upgrade svdtune"):
+    with pytest.raises(ValueError, match=r"`format_version` is 99; .* Install a newer svdtune"):
         PeftModel.from_pretrained(bert(), str(saved))
 
 

@@ -2,7 +2,6 @@ import csv
 import locale
 import re
 import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[2]
-# Official packages that the tests compare with, apart from the environment: `make` installs them.
-REFERENCES = ROOT / ".venv" / "references"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,17 +36,6 @@ def the_same_locale_for_every_test():
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
-
-
-@pytest.fixture(scope="session")
-def torchvision_operators():
-    """Lets torchvision be imported without its compiled operators, of which there is no build for this torch."""
-    sys.path.append(str(REFERENCES))
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield
-    sys.path.remove(str(REFERENCES))
 
 
 @pytest.fixture(scope="session")

@@ -14,37 +14,6 @@ from ssam.model import PromptedSam
 from ssam.prompts import NoPrompts, TextPrompts
 
 
-@pytest.fixture(scope="module")
-def official_sam(torchvision_operators):
-    """The official package's own modules, small, with random weights in every tensor (norms and tables too)."""
-    from functools import partial
-
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    sam = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=128,
-            depth=4,
-            embed_dim=48,
-            num_heads=3,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=3,
-            global_attn_indexes=(1, 3),
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=256, image_embedding_size=(8, 8), input_image_size=(128, 128), mask_in_chans=16
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=256, transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
-        ),
-    )
-    torch.manual_seed(0)
-    for tensor in sam.state_dict().values():
-        tensor.copy_(tensor + 0.05 * torch.randn_like(tensor))
-    return sam.eval()
-
-
 @torch.no_grad()
 def official_masks(sam, images, prompts):
     """Mask logits (B, K, S, S) of the official path, one image and prompt token at a time; images in 0..1."""

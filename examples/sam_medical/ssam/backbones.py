@@ -124,8 +124,9 @@ def load_lite_medsam(image_size: int) -> Backbone:
     decoder_config._attn_implementation = "sdpa"
     prompt_encoder = SamPromptEncoder(SamConfig(prompt_encoder_config=prompt_config))
     mask_decoder = SamMaskDecoder(decoder_config)
-    load_exactly(prompt_encoder, _under(convert(weights), "prompt_encoder."), path)
-    load_exactly(mask_decoder, _under(convert(weights), "mask_decoder."), path)
+    converted = convert({name: weights[name] for name in weights if not name.startswith("image_encoder.")})
+    load_exactly(prompt_encoder, _under(converted, "prompt_encoder."), path)
+    load_exactly(mask_decoder, _under(converted, "mask_decoder."), path)
     _set_grid(prompt_encoder, grid)
     return Backbone(
         name=LITE_MEDSAM,

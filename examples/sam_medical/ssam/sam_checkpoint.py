@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,38 +10,12 @@ from torch import Tensor
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
 from ssam.errors import UserError, first_line
+from svdtune.sam_names import rename_tensor
 
 # The official mask decoder keeps torch's default here, where transformers' configuration says 1e-6.
 DECODER_NORM_EPS = 1e-5
 
 GRID_ENCODING = "prompt_encoder.shared_embedding.positional_embedding"
-
-# The first pattern that the beginning of an official name matches says what it becomes.
-RENAMINGS = (
-    (r"image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
-    (r"image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_encoder.layers.\1.layer_norm\2."),
-    (r"image_encoder\.blocks\.", "vision_encoder.layers."),
-    (r"image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
-    (r"image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-    (r"image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
-    (r"image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
-    (r"image_encoder\.", "vision_encoder."),
-    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", GRID_ENCODING),
-    (r"prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
-    (r"prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
-    (r"prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
-    (r"prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
-    (r"prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
-    (r"prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
-    (r"mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
-    (r"mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
-    (r"mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
-    (r"(mask_decoder\.transformer\.)norm_final_attn\.", r"\1layer_norm_final_attn."),
-    (r"(mask_decoder\.transformer\.layers\.\d+\.)norm(\d)\.", r"\1layer_norm\2."),
-    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1proj_in."),
-    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.2\.", r"\1proj_out."),
-    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.1\.", r"\1layers.0."),
-)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -62,17 +35,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def rename(name: str) -> str:
-    """The official name of a tensor in transformers' words."""
-    for pattern, replacement in RENAMINGS:
-        renamed, matches = re.subn(f"^{pattern}", replacement, name)
-        if matches:
-            return renamed
-    return name
-
-
 def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {rename(name): tensor for name, tensor in weights.items()}
+    """The same tensors under transformers' names.
+
+    Raises:
+        ValueError: with the name of one that SAM does not have.
+    """
+    return {rename_tensor(name, "transformers"): tensor for name, tensor in weights.items()}
 
 
 def sam_model_from_checkpoint(path: Path) -> SamModel:
