@@ -16,7 +16,7 @@ EXAMPLE := examples/sam_medical
 demo: $(INSTALLED)
 	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
 
-test: $(INSTALLED) .venv/references/installed .venv/quantizers/installed
+test: $(INSTALLED) .venv/references/installed .venv/quantizers/installed .venv/trainers/installed
 	$(BIN)/python -m pytest -n 2
 
 conformance: $(INSTALLED)
@@ -43,6 +43,9 @@ REFERENCES := segment-anything==1.0 torchvision==0.29.2
 # For the tests of quantised models, on sys.path in pytest only (see pyproject.toml): wherever it is installed, importing
 # peft imports it too. All it needs is there already.
 QUANTIZERS := bitsandbytes==0.50.2 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0 torchao==0.18.0
+# trl, for the one test that trains with it, in a process of its own, and what its data needs beside our packages.
+TRAINERS := trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 python-dateutil==2.9.0.post0 six==1.17.0 \
+	dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -57,6 +60,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .venv/quantizers/installed: $(INSTALLED)
 	$(PIP) --no-deps --upgrade --target .venv/quantizers $(QUANTIZERS)
+	touch $@
+
+.venv/trainers/installed: $(INSTALLED)
+	$(PIP) --no-deps --upgrade --target .venv/trainers $(TRAINERS)
 	touch $@
 
 clean:
