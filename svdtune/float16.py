@@ -43,6 +43,18 @@ def divisor_of_images(x: Tensor, values: Tensor, count: int, dimensions: int) ->
         return _divisor(x.float().abs().amax(every, keepdim=True) * count**0.5 * largest)
 
 
+def divisor_of_sums(a: Tensor, b: Tensor) -> Tensor | None:
+    """A power of two to divide ``b`` by, so that aᵀ b and products of it with vectors stay in float16's range.
+
+    Shapes: a (N, m), b (N, n); returns (), or None in other dtypes.
+    """
+    if a.dtype is not torch.float16:
+        return None
+    with torch.no_grad():
+        lengths = torch.linalg.vector_norm(a, dtype=torch.float32) * torch.linalg.vector_norm(b, dtype=torch.float32)
+        return _divisor(lengths)
+
+
 class Divided(torch.autograd.Function):
     """x / divisor before a linear function whose result is `Multiplied`: the two cancel in the gradient of x, which
     would else leave float16's range on its way."""
@@ -58,8 +70,8 @@ class Divided(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_y, None
 
 
 class Multiplied(Divided):
@@ -85,13 +97,15 @@ class ScaledProjections(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_products: Tensor) -> tuple[Tensor | None, ...]:
         projections, values, divisor = ctx.saved_tensors
-        of_projections = (gradient * values).to(projections.dtype) if ctx.needs_input_grad[0] else None
-        of_values = None
+        grad_projections = (grad_products * values).to(projections.dtype) if ctx.needs_input_grad[0] else None
+        grad_values = None
         if ctx.needs_input_grad[1]:
-            of_values = (gradient.float() * projections * divisor.float()).sum_to_size(values.shape).to(values.dtype)
-        return of_projections, of_values, None
+            grad_values = (
+                (grad_products.float() * projections * divisor.float()).sum_to_size(values.shape).to(values.dtype)
+            )
+        return grad_projections, grad_values, None
 
 
 def _largest(values: tuple[Tensor, ...], dimensions: int) -> Tensor:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from svdtune.float16 import Divided, Multiplied, ScaledProjections, divisor_of_images, divisor_of_rows
+from svdtune.float16 import Divided, Multiplied, ScaledProjections, divisor_of_images, divisor_of_rows, divisor_of_sums
 
 # Projections of rows, and by what the rows were divided before, if they were (see `divisor_of_rows`).
 Coordinates = tuple[Tensor, Tensor | None]
@@ -98,26 +98,26 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, gradient: Tensor | None, of_coordinates: Tensor | None, *of_divisor: None
+        ctx: Any, grad_y: Tensor | None, grad_coordinates: Tensor | None, *grad_divisor: None
     ) -> tuple[Tensor | None, ...]:
         left, values, right, coordinates, *divisors = ctx.saved_tensors
-        of_x = of_values = of_bias = None
-        if gradient is not None:
-            divisor = divisor_of_rows(gradient, values)
-            of_products = (gradient if divisor is None else gradient / divisor) @ left.to(gradient.dtype)
+        grad_x = grad_values = grad_bias = None
+        if grad_y is not None:
+            divisor = divisor_of_rows(grad_y, values)
+            grad_products = (grad_y if divisor is None else grad_y / divisor) @ left.to(grad_y.dtype)
             if ctx.needs_input_grad[0]:
-                of_x = _times(_scale_and_multiply(of_products, values, right.mT), divisor)
+                grad_x = _times(_scale_and_multiply(grad_products, values, right.mT), divisor)
             if ctx.needs_input_grad[2]:
                 if divisor is not None:
-                    of_products = of_products.float() * divisor * divisors[0]
-                of_values = _sum_of_products(of_products, coordinates, values.dtype)
+                    grad_products = grad_products.float() * divisor * divisors[0]
+                grad_values = _sum_of_products(grad_products, coordinates, values.dtype)
             if ctx.needs_input_grad[4]:
-                of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        if of_coordinates is not None and ctx.needs_input_grad[0]:
-            through = of_coordinates @ right.to(of_coordinates.dtype)
+                grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        if grad_coordinates is not None and ctx.needs_input_grad[0]:
+            through = grad_coordinates @ right.to(grad_coordinates.dtype)
             through = through / divisors[0] if divisors else through
-            of_x = through if of_x is None else of_x + through
-        return of_x, None, of_values, None, of_bias
+            grad_x = through if grad_x is None else grad_x + through
+        return grad_x, None, grad_values, None, grad_bias
 
 
 def rebuilt_linear(
@@ -146,18 +146,22 @@ class _RebuiltLinear(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:5])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, delta, right = ctx.saved_tensors
-        of_x = of_delta = of_bias = None
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = grad_delta = grad_bias = None
+        rows = grad_y.reshape(-1, grad_y.shape[-1])
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _rebuilt(weight, left, delta, right, gradient.dtype)
+            grad_x = grad_y @ _rebuilt(weight, left, delta, right, grad_y.dtype)
         if ctx.needs_input_grad[3]:
-            of_weight = rows.mT @ x.reshape(-1, x.shape[-1])
-            of_delta = _sum_of_products((left.mT.to(of_weight) @ of_weight).mT, right.mT, delta.dtype)
+            x = x.reshape(-1, x.shape[-1])
+            divisor = divisor_of_sums(rows, x)
+            grad_weight = rows.mT @ (x if divisor is None else x / divisor)
+            of_vectors = (left.mT.to(grad_weight) @ grad_weight).mT
+            of_vectors = of_vectors if divisor is None else of_vectors.float() * divisor
+            grad_delta = _sum_of_products(of_vectors, right.mT, delta.dtype)
         if ctx.needs_input_grad[5]:
-            of_bias = rows.sum(0)
-        return of_x, None, None, of_delta, None, of_bias
+            grad_bias = rows.sum(0)
+        return grad_x, None, None, grad_delta, None, grad_bias
 
 
 def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backward: bool) -> bool:

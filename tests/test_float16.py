@@ -41,6 +41,7 @@ LAYERS = {
     "tall": (lambda: linear(256, 128), with_outlier(4, 128, dimension=1)),
     "wide": (lambda: linear(64, 256), with_outlier(4, 256, dimension=1)),
     "many rows": (lambda: linear(256, 128), with_outlier(600, 128, dimension=1)),
+    "square, many rows": (lambda: linear(128, 128), with_outlier(2000, 128, dimension=1)),
     "large rows": (lambda: nn.Linear(512, 64), 12_000 * torch.randn(4, 512).sign()),
     "1x1": (lambda: convolution(1), with_outlier(2, 32, 5, 5, dimension=1)),
     "3x3": (lambda: convolution(3), with_outlier(2, 32, 5, 5, dimension=1)),
