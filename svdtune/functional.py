@@ -51,7 +51,8 @@ def change_of_singular_values(
     change = a * singular_values + b
     if nonlinearity == "none":
         return change
-    return torch.where(change <= -singular_values, -singular_values, change)
+    least = -singular_values
+    return torch.where(change <= least, least, change)
 
 
 def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

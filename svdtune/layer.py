@@ -175,9 +175,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if self.spectrum.device != device:
             self.spectrum.to(device)  # FSDP and accelerate move parameters and buffers only
         singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
-        untouched = torch.zeros_like(singular_values)
-        a = stacked(self.svd_scale_shift_a, adapter_names, untouched)
-        b = stacked(self.svd_scale_shift_b, adapter_names, untouched)
+        a = stacked(self.svd_scale_shift_a, adapter_names, singular_values)
+        b = stacked(self.svd_scale_shift_b, adapter_names, singular_values)
         change = change_of_singular_values(singular_values, a, b, nonlinearity)
         return self.spectrum.padded(self._scaled(change, adapter_names), rank)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,13 @@ class ToBeRead(Mapping[str, Tensor]):
         return len(self._vectors)
 
 
-def stacked(vectors: nn.ModuleDict, adapter_names: Iterable[str], default: Tensor) -> Tensor:
-    """The adapters' vectors, one a row, in the dtype of ``default`` or a wider one; ``default`` for those without."""
+def stacked(vectors: nn.ModuleDict, adapter_names: Sequence[str], like: Tensor) -> Tensor:
+    """The adapters' vectors, one a row, in the dtype of ``like`` or a wider one; zeros for those without."""
     known = vectors._modules  # looking up hundreds of names in a ModuleDict takes as long as a product
-    rows = [default if (vector := known.get(name)) is None else vector() for name in adapter_names]
+    found = [known.get(name) for name in adapter_names]
+    rows = [torch.zeros_like(like) if vector is None else vector() for vector in found]
     together = rows[0][None] if len(rows) == 1 else torch.stack(rows)
-    return together.to(torch.promote_types(together.dtype, default.dtype))
+    return together if together.dtype == like.dtype else together.to(torch.promote_types(together.dtype, like.dtype))
 
 
 def in_present_format(state: dict[str, Tensor]) -> dict[str, Tensor]:
