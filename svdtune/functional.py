@@ -140,7 +140,7 @@ class _RebuiltLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
         rebuilt = _rebuilt(weight, left, delta, right, x.dtype)
-        return F.linear(x, rebuilt, None if bias is None else bias.to(x.dtype))
+        return _linear(x, rebuilt, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -251,6 +251,7 @@ def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | N
     """
     groups = len(left)
     images = _as_autocast_would(y)
+    left = left.to(images.dtype)
     divisor = divisor_of_images(images, values, y.shape[-dimensions - 1], dimensions)
     if divisor is not None:
         images, divisor = Divided.apply(images, divisor), divisor.flatten(-dimensions).unsqueeze(-1)
@@ -301,8 +302,16 @@ def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tens
     """
     bias = None if bias is None else bias.to(rows.dtype)
     if values.ndim == 1 and _holds(rows.numel() > matrix.numel()):
-        return F.linear(rows, (matrix * values).to(rows.dtype), bias)
-    return F.linear(_scaled(rows, values), matrix.to(rows.dtype), bias)
+        return _linear(rows, (matrix * values).to(rows.dtype), bias)
+    return _linear(_scaled(rows, values), matrix.to(rows.dtype), bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, but never a view, as that is with a bias: a view from a function of ours cannot be changed in place."""
+    if bias is None or x.ndim == 2:
+        return F.linear(x, weight, bias)
+    rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.mT)
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], weight.shape[0]])
 
 
 def _rebuilt(weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from svdtune.spectrum import Sides
 
 class Linear(SVDScaleShiftLayer):
     """`nn.Linear` or a quantised kin of it, its weight one matrix (1, out, in)."""
+
+    stock_forwards: tuple[Callable[..., Any], ...] = (nn.Linear.forward,)
 
     def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
         left, right, bias = self.spectrum.left[0], self.spectrum.right[0], self._bias
@@ -73,6 +76,8 @@ class LinearConv1D(Linear):
     (By the name of its class, PEFT knows it for a linear layer where "all-linear" is asked for again.)
     """
 
+    stock_forwards = (Conv1D.forward,)
+
     def to_matrices(self, weight: Tensor) -> Tensor:
         return weight.mT.unsqueeze(0)
 
@@ -85,6 +90,8 @@ class LinearConv1D(Linear):
 
 class Convolution(SVDScaleShiftLayer):
     """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, its weight one matrix a group, (g, out/g, in/g * kh * kw)."""
+
+    stock_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
         return self._convolution.in_channels, self._convolution.out_channels

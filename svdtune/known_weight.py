@@ -5,46 +5,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# The same numbers on another device or in another order differ by that many roundings.
-ROUNDINGS = 64
+# Of a row's length: its products may come out differently by that much where they are summed in another order.
+TOLERANCE = 1e-5
 
 
 class KnownWeight:
     """What a weight answered when it was decomposed.
 
-    Looking whether it was written to since costs nothing; only then are its numbers looked at. Where FSDP puts it
-    together at every step, in a tensor that is no parameter, they are looked at once.
+    Looking whether it was replaced or written to since costs nothing; only then are its numbers looked at. Where FSDP
+    puts it together at every step, in a tensor that is no parameter, they are looked at once.
 
     Args:
         weight: The weight, of any shape.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._version = _version_of(weight)
+        self._state = _state_of(weight)
+        self._dtype = weight.dtype
         self._answer = _answer_of(weight)
         self._is_settled = False
 
     def is_another(self, weight: Tensor) -> bool:
-        """Whether ``weight`` holds other numbers than those that are known, but for rounding to its dtype."""
-        version = _version_of(weight)
-        if version == self._version or weight.is_meta or self._answer is None or self._is_settled:
+        """Whether ``weight`` holds other numbers than those that are known, but for rounding to another dtype."""
+        state = _state_of(weight)
+        if state == self._state or weight.is_meta or self._answer is None or self._is_settled:
             return False
-        self._version, answer = version, _answer_of(weight)
-        self._is_settled = not isinstance(weight, nn.Parameter)
-        if answer is None or answer.shape != self._answer.shape:
-            return False
-        tolerance = ROUNDINGS * torch.finfo(weight.dtype).eps * self._answer.norm()
-        return bool((answer - self._answer).norm() > tolerance)
+        answer = _answer_of(weight)
+        if answer is not None and answer.shape == self._answer.shape:
+            tolerance = TOLERANCE if weight.dtype == self._dtype else 4 * torch.finfo(weight.dtype).eps
+            if ((answer - self._answer).abs() > tolerance * self._answer[0]).any():
+                return True
+        self._state, self._is_settled = state, not isinstance(weight, nn.Parameter)
+        return False
 
 
-def _version_of(weight: Tensor) -> int | None:
-    """How often it was written to, where torch counts that."""
-    return None if weight.is_inference() else weight._version
+def _state_of(weight: Tensor) -> tuple[int, int, int | None]:
+    """Which tensor it is, where its numbers are, and how often it was written to, where torch counts that."""
+    place = weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else 0
+    return id(weight), place, None if weight.is_inference() else weight._version
 
 
 @torch.no_grad()
 def _answer_of(weight: Tensor) -> Tensor | None:
-    """Fixed products of the rows, (rows,), on the CPU; None where there are no numbers to be read."""
+    """Lengths and fixed products of the rows, (3, rows), on the CPU; None where there are no numbers to be read."""
     if (
         weight.is_meta
         or not weight.is_floating_point()
@@ -52,7 +55,7 @@ def _answer_of(weight: Tensor) -> Tensor | None:
         or hasattr(weight, "full_tensor")
     ):
         return None
-    rows = weight.detach().flatten(1)
-    probe = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32).cos()
-    with torch.autocast(rows.device.type, enabled=False):
-        return (rows.float() @ probe).cpu()
+    with torch.autocast(weight.device.type, enabled=False):
+        rows = weight.detach().flatten(1).float()
+        angles = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32)
+        return torch.stack([rows.norm(dim=1), rows @ angles.cos(), rows @ angles.sin()]).cpu()

@@ -6,7 +6,7 @@ import copy
 import itertools
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,9 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from svdtune.cache import cache_folder
+from svdtune.computed_weights import REMEDY, is_computed
 from svdtune.config import SVDScaleShiftConfig
+from svdtune.float8 import is_float8, readable
 from svdtune.functional import change_of_singular_values
 from svdtune.known_weight import KnownWeight
 from svdtune.learned import LearnedVector, ToBeRead, stacked
@@ -57,6 +59,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("svd_scale_shift_a", "svd_scale_shift_b")
     cast_input_dtype_enabled = True  # diffusers' layerwise casting sets it
+    stock_forwards: tuple[Callable[..., Any], ...] = ()  # of torch's own modules, whose place a product can take
     other_param_names = ("rank", "nonlinearity", "scaling")
 
     def __init__(
@@ -234,10 +237,11 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             return self.spectrum.left.new_empty(()).expand(self.out_features, self.in_features)
         weight = self._parameter()
-        return self.spectrum.left.new_empty(()).expand(weight.shape) if _is_float8(weight) else weight
+        return self.spectrum.left.new_empty(()).expand(weight.shape) if is_float8(weight) else weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
+        self._follow_weight()
         delta = self.change_of_singular_values(adapter_name)
         return self.from_matrices(self.spectrum.change_of(self.to_matrices(self._unmerged_weight()), delta))
 
@@ -268,14 +272,15 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _base_layer_must_run(self) -> bool:
         """Whether it computes with a weight that is not at hand, or somebody waits for it to be called."""
         base_layer = self.base_layer
+        backward_hooks = base_layer._backward_hooks or base_layer._backward_pre_hooks
         hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
-        patched = "forward" in base_layer.__dict__
-        return bool(hooked) or patched or self._is_packed
+        patched = "forward" in base_layer.__dict__ or type(base_layer).forward not in self.stock_forwards
+        return bool(hooked or backward_hooks) or patched or self._is_packed or self._parameter().requires_grad
 
     @property
     def _is_packed(self) -> bool:
         """Whether the weight is held in fewer digits than it is multiplied with."""
-        return self.quantization_backend is not None or _is_float8(self._parameter())
+        return self.quantization_backend is not None or is_float8(self._parameter())
 
     def _change_of_active_adapters(self) -> Tensor | None:
         change = None
@@ -324,7 +329,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         change = torch.stack([self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]).sum(0)
         present = self.get_base_weight()
         merged = (self._unmerged_weight().to(change) + change).to(present)
-        if safe_merge and not _readable(merged).isfinite().all():
+        if safe_merge and not readable(merged).isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
             )
@@ -358,9 +363,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _unmerged_weight(self) -> Tensor:
         """The weight that was decomposed, whether or not adapters are merged into the layer now."""
         if not self.merged:
-            return _readable(self.get_base_weight().detach())
+            return readable(self.get_base_weight().detach())
         if self.quantization_backend is None:
-            return _readable(self._before_merge[0].detach())
+            return readable(self._before_merge[0].detach())
         return self.quantization_backend.get_base_weight(self._before_merge[0]).detach()
 
     def _parameter(self) -> nn.Parameter:
@@ -369,6 +374,10 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     def _set_parameter(self, parameter: nn.Parameter) -> None:
         self.get_base_layer().weight = parameter
+
+    @property
+    def _name_of_weight(self) -> str:
+        return "weight"
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves A and B, and keeps them in float32 or better whatever the dtype of the base weight.
@@ -411,7 +420,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         loaded = state_dict.get(key)
         if loaded is None or self.quantization_backend is not None or loaded.shape != self._parameter().shape:
             return
-        known, loaded = (_readable(_whole(tensor.detach())) for tensor in (self._parameter(), loaded))
+        known, loaded = (readable(_whole(tensor.detach())) for tensor in (self._parameter(), loaded))
         if not known.is_meta:
             loaded = loaded.to(known)
             if torch.equal(loaded, known):
@@ -432,11 +441,17 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def _follow_weight(self) -> None:
         """Decomposes again where the weight was written to: processes may differ until DDP sends that of the first."""
         known = self._known_weight
-        if known is None or self.merged or torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if known is None or self.merged or traced:
             return
         weight = self._parameter()
+        if not isinstance(weight, nn.Parameter) and is_computed(self.get_base_layer(), self._name_of_weight):
+            raise TypeError(
+                f"{self.get_base_layer()} cannot be tuned any longer: its {self._name_of_weight} is computed from "
+                f"other parameters since then. {REMEDY}"
+            )
         if weight.numel() == self._numel_of_weight and known.is_another(weight):
-            self._decompose(_readable(weight.detach()))
+            self._decompose(readable(weight.detach()))
 
     def _weight_key(self, prefix: str) -> str:
         """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
@@ -464,15 +479,6 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP has sharded, gathered from all processes; others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") and not tensor.is_meta else tensor
-
-
-def _is_float8(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.element_size() == 1
-
-
-def _readable(weight: Tensor) -> Tensor:
-    """A weight in float8, for which torch has hardly a function, as bfloat16, which holds all its values."""
-    return weight.bfloat16() if _is_float8(weight) else weight
 
 
 def _refuse_to_read(_: Tensor) -> Tensor:

@@ -74,6 +74,10 @@ class ParamWrapper(SVDScaleShiftLayer):
         # FSDP holds it as a plain tensor, so it is looked up as an attribute and not as a parameter.
         return operator.attrgetter(self.parameter_name)(self.get_base_layer())
 
+    @property
+    def _name_of_weight(self) -> str:
+        return self.parameter_name
+
     def _set_parameter(self, parameter: nn.Parameter) -> None:
         path, _, name = self.parameter_name.rpartition(".")
         setattr(self.get_base_layer().get_submodule(path), name, parameter)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 
@@ -89,9 +88,10 @@ class _Read(torch.autograd.Function):
         return WeightToRead(like, lambda: compute(change))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        (change,), again = ctx.saved_tensors, torch.is_grad_enabled()  # whether somebody differentiates twice
         with torch.enable_grad():
-            change = ctx.saved_tensors[0].detach().requires_grad_()
+            change = change if again else change.detach().requires_grad_()
             weight = ctx.compute(change)
-        return torch.autograd.grad(weight, change, grad_weight.to(weight.dtype))[0], None, None
+        grads = torch.autograd.grad(weight, change, grad_weight.to(weight.dtype), create_graph=again)
+        return grads[0], None, None

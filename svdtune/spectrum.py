@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.cache import cached
+from svdtune.float8 import readable
 from svdtune.functional import weight_change
 
 Sides = Literal["both", "left", "right"]
@@ -153,7 +154,7 @@ class Spectrum(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        self.left, self.right = fn(self.left), fn(self.right)
+        self.left, self.right = readable(fn(self.left)), readable(fn(self.right))
         # S stays in float32 or better: it is small, and the adapter multiplies it.
         dtype = torch.promote_types(self.right.dtype, torch.float32)
         for name in ("singular_values", "reciprocals"):

@@ -6,8 +6,9 @@ from typing import Any, cast
 
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from svdtune.computed_weights import REMEDY as MAKE_PERMANENT
+from svdtune.computed_weights import is_computed
 from svdtune.kinds import LAYER_KINDS, Linear
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.param_wrapper import ParamWrapper
@@ -79,6 +80,8 @@ def _tuned_attention(attention: nn.MultiheadAttention, name: str, **options: Any
             f"`{name}` cannot be tuned as a module, since its query, key and value differ in size. Name "
             "`q_proj_weight`, `k_proj_weight` and `v_proj_weight` in `target_parameters` instead."
         )
+    for parameter_name in ("in_proj_weight", "out_proj.weight"):
+        _check_holds_its_weight(attention, parameter_name, name)
     projection = ParamWrapper(attention, "in_proj_weight", groups=3, **options)
     return ParamWrapper(projection, "out_proj.weight", **options)
 
@@ -96,7 +99,7 @@ def _layer_kind(target: nn.Module, name: str) -> type[SVDScaleShiftLayer]:
 def _check_computes_a_product(target: nn.Module, base_type: type[nn.Module], name: str) -> None:
     # A subclass with a forward of its own may compute something else than the product that takes its place.
     own_forward = type(target).forward is not base_type.forward  # type: ignore[comparison-overlap]
-    if own_forward and not hasattr(target, "embed_scale") and not computes_the_same(target, base_type):
+    if own_forward and cast(Tensor, target.weight).numel() and not computes_the_same(target, base_type):
         raise TypeError(
             f"`{name}` cannot be tuned: {type(target).__name__} has its own forward, unlike {base_type.__name__}, and "
             f"does not compute the same. {REMEDY}"
@@ -111,16 +114,10 @@ def _check_computes_a_product(target: nn.Module, base_type: type[nn.Module], nam
 
 def _check_holds_its_weight(target: nn.Module, parameter_name: str, name: str) -> None:
     """Refuses weights that a module computes from others: the decomposition would be of a passing value."""
-    path, _, last = parameter_name.rpartition(".")
-    holder = target.get_submodule(path)
-    computed = parametrize.is_parametrized(holder, last) or any(
-        f"{last}{ending}" in holder._parameters for ending in ("_orig", "_g", "_v")
-    )
-    if computed:
+    if is_computed(target, parameter_name):
         raise TypeError(
             f"`{name}` cannot be tuned: its {parameter_name} is computed from other parameters (weight norm, spectral "
-            "norm, a parametrization or pruning). Make it permanent first, with remove_parametrizations, "
-            "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils."
+            f"norm, a parametrization or pruning). {MAKE_PERMANENT}"
         )
 
 
