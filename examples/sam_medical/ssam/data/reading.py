@@ -64,6 +64,7 @@ class Layer:
     path: Path
     values: np.ndarray
     indices: np.ndarray | None
+    grey_palette: bool
     alpha: np.ndarray | None
     lossy: bool
 
@@ -131,7 +132,7 @@ def read_layer(mask: Source, image: Source, number: int | None, reading: Reading
 
     values = picture(scan.values)
     assert values is not None
-    return Layer(mask.path, values, picture(scan.indices), picture(scan.alpha), scan.lossy)
+    return Layer(mask.path, values, picture(scan.indices), scan.grey_palette, picture(scan.alpha), scan.lossy)
 
 
 def check_grid(mask: Source, image: Source, resample: bool) -> None:
