@@ -10,7 +10,7 @@ from ssam.data.annotations import Annotation
 from ssam.data.decoding import EXTENSIONS
 from ssam.data.sources import Source, folders_in
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages")
 MASK_FOLDERS = (
     "masks",
     "mask",
@@ -23,6 +23,7 @@ MASK_FOLDERS = (
     "groundtruth",
     "gt",
     "segmentationclass",
+    "ann_dir",
 )
 NAMED_AT_MOST = 3
 
