@@ -39,6 +39,8 @@ SEPARATED, WHITE_IS_ZERO, BLACK_IS_ZERO, SIGNED = 5, 0, 1, 2
 # Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
 MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
 RUN_LENGTHS, BIG_ENDIAN = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
+# Of a unit, by NIfTI's names.
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 # Of a scan's values, by which it is judged.
 SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
@@ -206,10 +208,16 @@ def _read_nifti(path: Path) -> Scan:
         if tuple(name.upper() for name in values.dtype.names) not in COLOUR_DTYPES:
             raise UserError(f"{path} has voxels of {', '.join(values.dtype.names)}; save grey values or RGB.")
         values = np.stack([values[name] for name in values.dtype.names[:3]], axis=-1)
-        return Scan(path, values.reshape(*shape, 3), file.affine, is_stack=True)
+        return Scan(path, values.reshape(*shape, 3), affine_in_mm(file), is_stack=True)
     if np.iscomplexobj(values):
         raise UserError(f"{path} holds complex numbers; save their magnitude.")
-    return Scan(path, values.reshape(shape), file.affine, is_stack=True)
+    return Scan(path, values.reshape(shape), affine_in_mm(file), is_stack=True)
+
+
+def affine_in_mm(file: Any) -> np.ndarray:
+    """nibabel leaves an affine in the header's units; ITK, and all here, go by millimetres."""
+    unit = file.header.get_xyzt_units()[0] if hasattr(file.header, "get_xyzt_units") else "mm"
+    return np.diag([*[MILLIMETRES.get(unit, 1.0)] * 3, 1.0]) @ file.affine
 
 
 def _read_itk(path: Path) -> Scan:

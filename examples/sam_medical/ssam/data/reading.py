@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssam.data.decoding import NIFTI, Scan, is_one_picture, suffix_of
+from ssam.data.decoding import NIFTI, Scan, affine_in_mm, is_one_picture, suffix_of
 from ssam.data.geometry import (
     PLANES,
     STORED,
@@ -198,7 +198,7 @@ def _header_of_nifti(source: Source) -> tuple[tuple[int, ...], np.ndarray, bool]
         shape = shape[:-1]
     if len(shape) > 3 or not shape or 0 in shape:
         return None
-    return (*shape, *(1,) * (3 - len(shape))), file.affine, True
+    return (*shape, *(1,) * (3 - len(shape))), affine_in_mm(file), True
 
 
 def _pictures(values: np.ndarray, affine: np.ndarray | None, plane: str) -> np.ndarray:
