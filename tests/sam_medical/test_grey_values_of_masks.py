@@ -93,7 +93,10 @@ def write_four_bits(path, numbers, pages, white_is_zero):
     tags = {256: 64, 257: 48, 258: 4, 259: 1, 262: 1 - white_is_zero, 273: 8, 277: 1, 278: 48, 279: len(packed)}
     content = b"II*\0" + (8 + len(packed)).to_bytes(4, "little") + packed
     for page in range(pages):
-        entries = [tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + int(v).to_bytes(4, "little") for tag, v in tags.items()]
+        entries = [
+            tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + int(value).to_bytes(4, "little")
+            for tag, value in tags.items()
+        ]
         after = len(content) + 2 + 12 * len(entries) + 4
         following = after if page + 1 < pages else 0
         content += len(entries).to_bytes(2, "little") + b"".join(entries) + following.to_bytes(4, "little")

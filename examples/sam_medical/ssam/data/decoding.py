@@ -26,7 +26,7 @@ NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM = (".dcm", ".dicom", ".ima")
 TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
-PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
+PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
 VOLUMES = (*NIFTI, *ITK)
 EXTENSIONS = (*PICTURES, *TIFF, *DICOM, *VOLUMES)
 # Of one picture: as three floats a pixel it takes 1.2 GB.

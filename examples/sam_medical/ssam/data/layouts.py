@@ -16,10 +16,29 @@ from ssam.data.base import require_label_names
 from ssam.data.decoding import PICTURES, TIFF, suffix_of
 from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
 from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
-from ssam.data.parts import IMAGE_FOLDERS, MASK_FOLDERS, Pair, Part, folder_named, notes_on, notes_on_unused
-from ssam.data.pictures_listed import Pictures
+from ssam.data.parts import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    Pair,
+    Part,
+    folder_named,
+    notes_on,
+    notes_on_other_masks,
+    notes_on_unused,
+)
 from ssam.data.patients import patient_folders, read_patients
-from ssam.data.sources import Source, as_files, by_key, find_sources, folders_in, is_junk, plain, source_of_file
+from ssam.data.pictures_listed import Pictures
+from ssam.data.sources import (
+    Source,
+    as_files,
+    by_key,
+    find_sources,
+    folders_in,
+    is_junk,
+    notes_on_left_out,
+    plain,
+    source_of_file,
+)
 from ssam.data.splits import SPLIT_NAMES, are_splits, is_called
 from ssam.errors import UserError
 
@@ -52,7 +71,7 @@ def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     if folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
         if patient_folders(folder):
             return read_patients(folder, _names_beside(folder, root), all_folders)
-        beside = _masks_beside(folder, root)
+        beside = _masks_beside(folder, _names_beside(folder, root))
         if beside:
             return beside
     return _two_folders(folder, root, all_folders)
@@ -88,14 +107,14 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     image_folder, mask_folder = folder_named(folder, IMAGE_FOLDERS), folder_named(folder, MASK_FOLDERS)
     if image_folder is None:
         raise UserError(f"{folder} holds no folder images; add it, with the images.")
+    if mask_folder is None and (beside := _masks_beside(image_folder, names)):
+        return beside
     if mask_folder is None:
         raise UserError(f"{folder} holds no folder masks; add it, with a mask for each, or a folder for each label.")
     images, unknown = find_sources(image_folder)
-    localizers = [image for image in images if image.is_localizer]
-    images = [image for image in images if not image.is_localizer]
-    part = Part((), [], folder=image_folder, notes=notes_on(unknown))
-    if localizers:
-        part.notes.append(f"{len(localizers)} DICOM localizers are left out, first {localizers[0].path}")
+    part = Part((), [], folder=image_folder, notes=notes_on_left_out(images) + notes_on(unknown))
+    part.notes += notes_on_other_masks(folder, mask_folder)
+    images = [image for image in images if not image.left_out]
     if names:
         masks, others = find_sources(mask_folder)
         images = _slices_with_masks(images, masks, image_folder)
@@ -193,17 +212,18 @@ def _advice_on_missing_masks(mask_folder: Path, has_names: bool) -> str:
     )
 
 
-def _masks_beside(folder: Path, root: Path) -> Part | None:
+def _masks_beside(folder: Path, names: LabelNames | None) -> Part | None:
     """Pictures and their masks in one folder, or in a folder for each kind of picture; told apart by their names."""
     sources, unknown = find_sources(folder)
     masks = [source for source in sources if is_mask_name(source.key)]
     images = [source for source in sources if not is_mask_name(source.key)]
     if not masks or not images:
         return None
-    names, found = _names_beside(folder, root), match(images, masks)
+    found = match(images, masks)
     missing = [image for image in images if image.key not in found]
     if missing:
-        raise UserError(f"{missing[0].path} has no mask, {missing[0].path.stem}_mask beside it; add it, or remove it.")
+        called = missing[0].name.rpartition("/")[2]
+        raise UserError(f"{missing[0].path} has no mask, {called}_mask beside it; add it, or remove it.")
     labels = names.labels if names else ("lesion",)
     pairs = [
         Pair(image, LabelMaps(found[image.key], names) if names else MaskOfEach([found[image.key]]))

@@ -16,6 +16,8 @@ Colour = tuple[int, int, int]
 BACKGROUND_NAMES = ("background", "bg", "_background_")
 # What JPEG makes of a mask of black and white reaches far above this; of a mask of 0 and 1 it leaves less.
 LEAST_WHITE = 64
+# By how much a format that changes values leaves the channels of a grey apart.
+MOST_TINT = 32
 # Of a value's pixels: where so many lie between a lower and a higher value, it is an edge and no label.
 EDGE_SHARE = 0.9
 # Of the pixels between black and white: where so many are flat, on no slope between two others, they are numbers.
@@ -191,6 +193,8 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
     values = layer.values
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
+    elif layer.lossy and values.ndim == 3 and np.ptp(values, axis=2).max() <= MOST_TINT:
+        values = np.rint(values.mean(2)).astype(int)
     if values.ndim == 2:
         if values.dtype.kind == "f" and np.isfinite(values).all():
             whole = np.rint(values)

@@ -11,8 +11,8 @@ one of two ways:
 nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a
 patient are read as they are. Volumes and stacks are read slice by slice.
 
-Where there are folders ``train``, ``validation`` and ``test``, also below ``images`` and ``masks``, they are the splits.
-Otherwise of every ten images, or
+Where there are folders ``train``, ``validation`` and ``test``, also below ``images`` and ``masks``, they are the
+splits. Otherwise of every ten images, or
 volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
 images lie in ten or more. Neighbouring slices or frames that are pictures of their own would
 else be in several splits: give such images folders for each split.
