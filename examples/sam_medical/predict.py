@@ -125,9 +125,12 @@ def main() -> None:
         write_json(Path(options.report), {"files": found, "not_read": unread})
     for entry in found:
         if "no_dicom_seg" in entry:
-            print(f"note: {entry['file']} has masks, but no DICOM SEG: {entry['no_dicom_seg']}.", file=sys.stderr)
+            print(
+                f"note: {entry['file']} has masks, but no DICOM SEG: {entry['no_dicom_seg'].rstrip('.')}.",
+                file=sys.stderr,
+            )
         if "doubt" in entry:
-            print(f"note: {entry['file']}: {entry['doubt']}.", file=sys.stderr)
+            print(f"note: {entry['file']}: {entry['doubt'].rstrip('.')}.", file=sys.stderr)
     print(f"Wrote the masks of {len(found)} files for {', '.join(task.labels)} to {options.output}.")
     if unread:
         print(f"{len(unread)} files were not read:", *unread, sep="\n  ", file=sys.stderr)

@@ -29,9 +29,9 @@ from accelerate.utils import set_seed
 from ssam.adapter import build_model, load_adapter
 from ssam.checkpoint import CHECKPOINT, check_states
 from ssam.data import Reading, SegmentationDataset, open_splits, settle_reading
-from ssam.data.augmentation import labels_with_a_side
 from ssam.data.loading import evaluation_loader, thinned
 from ssam.data.offset import NONE, in_words
+from ssam.data.sides import labels_with_a_side
 from ssam.data.survey import Survey, warnings_of
 from ssam.errors import UserError, one_line_errors
 from ssam.evaluation import evaluate, predict_masks

@@ -160,8 +160,9 @@ def _draw_circle(draw: ImageDraw.ImageDraw, points: Any) -> None:
 
 
 def _draw_rectangle(draw: ImageDraw.ImageDraw, points: Any) -> None:
-    xs, ys = sorted(point[0] for point in points[:2]), sorted(point[1] for point in points[:2])
-    draw.rectangle([xs[0], ys[0], xs[1], ys[1]], outline=1, fill=1)
+    """From two corners as labelme has them, or from all four as X-AnyLabeling has them."""
+    xs, ys = sorted(point[0] for point in points), sorted(point[1] for point in points)
+    draw.rectangle([xs[0], ys[0], xs[-1], ys[-1]], outline=1, fill=1)
 
 
 def _draw_polygon(draw: ImageDraw.ImageDraw, points: Any) -> None:
@@ -170,6 +171,7 @@ def _draw_polygon(draw: ImageDraw.ImageDraw, points: Any) -> None:
 
 DRAWN: dict[str, tuple[int, Callable[[ImageDraw.ImageDraw, Any], None]]] = {
     "polygon": (3, _draw_polygon),
+    "rotation": (3, _draw_polygon),
     "rectangle": (2, _draw_rectangle),
     "circle": (2, _draw_circle),
 }

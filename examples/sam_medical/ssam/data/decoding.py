@@ -26,7 +26,7 @@ NIFTI = (".nii.gz", ".nii", ".mgz", ".img")
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM = (".dcm", ".dicom", ".ima")
 TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
-PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
+PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
 VOLUMES = (*NIFTI, *ITK)
 EXTENSIONS = (*PICTURES, *TIFF, *DICOM, *VOLUMES)
 # Of one picture: as three floats a pixel it takes 1.2 GB.
@@ -34,11 +34,13 @@ MOST_PIXELS = 100_000_000
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
 # Of pictures that hold several: what is shown one after the other. Phones put previews into their JPEGs.
 SEQUENCES = ("GIF", "WEBP", "PNG")
-# TIFF's photometric for CMYK.
-SEPARATED = 5
+# TIFF's photometric for CMYK, and for grey of which zero is white or black; and its format of signed numbers.
+SEPARATED, WHITE_IS_ZERO, BLACK_IS_ZERO, SIGNED = 5, 0, 1, 2
 # Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
 MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
 RUN_LENGTHS, BIG_ENDIAN = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
+# Of a unit, by NIfTI's names.
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 # Of a scan's values, by which it is judged.
 SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
@@ -55,6 +57,7 @@ class Scan:
         is_stack: Whether it is more than one picture even if it has one page or slice.
         modality: DICOM's, such as CT; empty where nobody says it.
         indices: Of a picture with a palette, or of few bits, the numbers that are stored, (N, H, W).
+        grey_palette: Whether the palette holds greys alone, as tools that save space write a picture in grey.
         alpha: (N, H, W), of eight bits, where there is any.
         lossy: Whether the format changes values.
         files: Of DICOM, the slices in their order, or the one file.
@@ -69,6 +72,7 @@ class Scan:
     is_stack: bool = False
     modality: str = ""
     indices: np.ndarray | None = None
+    grey_palette: bool = False
     alpha: np.ndarray | None = None
     lossy: bool = False
     files: tuple[Path, ...] = ()
@@ -204,10 +208,16 @@ def _read_nifti(path: Path) -> Scan:
         if tuple(name.upper() for name in values.dtype.names) not in COLOUR_DTYPES:
             raise UserError(f"{path} has voxels of {', '.join(values.dtype.names)}; save grey values or RGB.")
         values = np.stack([values[name] for name in values.dtype.names[:3]], axis=-1)
-        return Scan(path, values.reshape(*shape, 3), file.affine, is_stack=True)
+        return Scan(path, values.reshape(*shape, 3), affine_in_mm(file), is_stack=True)
     if np.iscomplexobj(values):
         raise UserError(f"{path} holds complex numbers; save their magnitude.")
-    return Scan(path, values.reshape(shape), file.affine, is_stack=True)
+    return Scan(path, values.reshape(shape), affine_in_mm(file), is_stack=True)
+
+
+def affine_in_mm(file: Any) -> np.ndarray:
+    """nibabel leaves an affine in the header's units; ITK, and all here, go by millimetres."""
+    unit = file.header.get_xyzt_units()[0] if hasattr(file.header, "get_xyzt_units") else "mm"
+    return np.diag([*[MILLIMETRES.get(unit, 1.0)] * 3, 1.0]) @ file.affine
 
 
 def _read_itk(path: Path) -> Scan:
@@ -336,22 +346,26 @@ def _read_tiff(path: Path) -> Scan:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages.first
-        if len(file.pages) == 1 and np.max(page.bitspersample) <= 8:
+        if len(file.pages) == 1 and np.max(page.bitspersample) <= 8 and page.sampleformat != SIGNED:
             return _read_picture(path)
         values, axes = _whole_pages(path, file)
         colour_map, photometric = page.colormap, page.photometric
         lossy = page.compression in (6, 7, 34712, 33003, 33005)
-        orientation = page.tags.valueof(274, default=1)
+        orientation, bits = page.tags.valueof(274, default=1), int(np.max(page.bitspersample))
     if photometric == SEPARATED:
         raise UserError(f"{path} is in CMYK of more than eight bits; save it in RGB.")
     values, is_stack = _pages_of(path, values, axes)
     if orientation != 1:
         raise UserError(f"{path} is stored turned (TIFF orientation {orientation}); save it upright.")
-    if photometric == 0 and values.dtype.kind == "u":
-        values = np.iinfo(values.dtype).max - values
+    if values.dtype == bool:
+        values = values.view(np.uint8)
+    if photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
+        values = values.dtype.type(2**bits - 1) - values
     if colour_map is not None and values.dtype.kind == "u" and values.ndim == 3:
         colours = (np.asarray(colour_map) >> 8).astype(np.uint8).T
-        return Scan(path, colours[values], is_stack=is_stack, indices=values)
+        return Scan(path, colours[values], is_stack=is_stack, indices=values, grey_palette=_is_grey(colours))
+    if bits < 8 and values.dtype == np.uint8 and values.ndim == 3:
+        return Scan(path, values * np.uint8(255 // (2**bits - 1)), is_stack=is_stack, indices=values)
     alpha = (
         values[..., 3].astype(np.uint8) if values.ndim == 4 and values.shape[3] == 4 and values.itemsize == 1 else None
     )
@@ -433,17 +447,20 @@ def _joined(frames: Sequence[Scan]) -> Scan:
     values = np.concatenate([frame.values for frame in frames])
     indices = together([frame.indices for frame in frames])
     alpha = together([frame.alpha for frame in frames])
-    return Scan(first.path, values, is_stack=True, indices=indices, alpha=alpha, lossy=first.lossy)
+    is_grey = all(frame.grey_palette for frame in frames)
+    return Scan(first.path, values, None, True, "", indices, is_grey, alpha, first.lossy)
 
 
 def _read_frame(path: Path, source: Image.Image) -> Scan:
-    few_bits = _bits_of_grey_png(path) if source.format == "PNG" else 0
+    few_bits = _factor_of_few_bits(path, source)
     lossy = source.format in LOSSY
     image = ImageOps.exif_transpose(source)
     has_alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
     alpha = np.asarray(image.convert("RGBA"))[None, ..., 3] if has_alpha else None
     if image.mode == "P":
-        return Scan(path, np.asarray(image.convert("RGB"))[None], indices=np.asarray(image)[None], alpha=alpha)
+        is_grey = _is_grey(np.reshape(image.getpalette("RGB") or [], (-1, 3)))
+        colours, indices = np.asarray(image.convert("RGB"))[None], np.asarray(image)[None]
+        return Scan(path, colours, indices=indices, grey_palette=is_grey, alpha=alpha)
     if image.mode == "1":
         bits = np.asarray(image).astype(np.uint8)[None]
         return Scan(path, bits * np.uint8(255), indices=bits)
@@ -455,8 +472,18 @@ def _read_frame(path: Path, source: Image.Image) -> Scan:
     return Scan(path, np.asarray(image.convert("RGB"))[None], alpha=alpha, lossy=lossy)
 
 
-def _bits_of_grey_png(path: Path) -> int:
+def _is_grey(colours: np.ndarray) -> bool:
+    return bool((colours == colours[:, :1]).all())
+
+
+def _factor_of_few_bits(path: Path, image: Image.Image) -> int:
     """What a grey value of two or four bits has been multiplied with to have eight; 0 for others."""
+    if image.format == "TIFF":
+        bits, photometric = (image.tag_v2.get(tag) for tag in (258, 262))  # type: ignore[attr-defined]
+        is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and bits is not None
+        return {2: 85, 4: 17}.get(bits[0], 0) if is_grey else 0
+    if image.format != "PNG":
+        return 0
     with path.open("rb") as file:
         depth, colour = struct.unpack("BB", file.read(26)[24:26])
     return {2: 85, 4: 17}.get(depth, 0) if colour == 0 else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ssam.data.decoding import Scan
-from ssam.data.intensity import AUTO_CT, AUTO_PERCENTILE, bounds_of
+from ssam.data.intensity import AIR, AUTO_CT, AUTO_PERCENTILE, bounds_of, is_spread_below_air
 from ssam.data.offset import NONE, THOUSAND, looks_like_1024
 from ssam.data.reading import Reading
 
@@ -45,9 +45,20 @@ def doubt_about(scan: Scan, reading: Reading) -> str:
             f"lie by more than 99 % outside of their window, {first:g} to {last:g}; look at them in a viewer, and "
             "give --offset or another --intensity"
         )
-    if reading.intensity == AUTO_PERCENTILE and reading.offset == NONE and looks_like_1024(scan):
+    modality = (reading.modality or scan.modality).upper()
+    if reading.intensity == AUTO_PERCENTILE and not modality and low < AIR[0] and _may_be_phases(scan):
+        return (
+            f"go down to {low:g} as CT's may, but spread there as an MRI's phases do, and are taken for that; if they "
+            "are CT, give --intensity window:40,400"
+        )
+    may_be_ct = modality in ("", "CT", "CBCT")
+    if reading.intensity == AUTO_PERCENTILE and reading.offset == NONE and may_be_ct and looks_like_1024(scan):
         return f"may be CT with {THOUSAND} added to its values; if they are, give --offset {THOUSAND}"
     return ""
+
+
+def _may_be_phases(scan: Scan) -> bool:
+    return not scan.in_colour and scan.values.dtype == np.int16 and is_spread_below_air(scan)
 
 
 def _is_normalised(scan: Scan) -> bool:

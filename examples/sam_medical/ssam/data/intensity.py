@@ -37,6 +37,8 @@ FORMS = (
 AIR = (-1100.0, -900.0)
 PADDING = -1500.0
 LEAST_AIR = 0.005
+# How many values of padding a file may have, and the share of all other values that may be below air beside them.
+MOST_PADDINGS, MOST_BELOW_AIR = 3, 0.15
 # Of an image's voxels, above which its lowest value or zero is background.
 LEAST_BACKGROUND = 0.01
 
@@ -115,9 +117,20 @@ def is_ct(scan: Scan, modality: str = "") -> bool:
     if not -33000 <= low <= -900 or high > 33000:
         return False
     sample = scan.sample
+    if is_spread_below_air(scan):
+        return False
     air = ((sample > AIR[0]) & (sample < AIR[1])) | (sample <= PADDING)
     is_tissue = (sample > -200) & (sample < 2000)
     return bool(air.mean() >= LEAST_AIR and is_tissue.any() and np.ptp(sample[is_tissue]) > 10)
+
+
+def is_spread_below_air(scan: Scan) -> bool:
+    """Whether values below air are many, as an MRI's phases are, and not a scanner's few values of padding."""
+    sample = scan.sample
+    below = sample[sample < AIR[0]]
+    _, counts = np.unique(below, return_counts=True)
+    padding = np.sort(counts)[-MOST_PADDINGS:].sum()
+    return bool(below.size - padding > MOST_BELOW_AIR * (sample.size - padding))
 
 
 def settle(intensity: str, scans: Iterable[tuple[Scan, str]]) -> str:

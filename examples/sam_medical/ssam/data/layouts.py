@@ -5,9 +5,9 @@ A layout gives, for a folder, the labels, and every image with what says where t
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,34 @@ from ssam.data.base import require_label_names
 from ssam.data.decoding import PICTURES, TIFF, suffix_of
 from ssam.data.label_names import LabelNames, label_names, read_json, read_label_names
 from ssam.data.matching import CHANNEL, channels_of, is_mask_name, match
-from ssam.data.parts import IMAGE_FOLDERS, MASK_FOLDERS, Pair, Part, folder_named, notes_on, notes_on_unused
+from ssam.data.parts import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    Pair,
+    Part,
+    folder_named,
+    notes_on,
+    notes_on_other_masks,
+    notes_on_unused,
+)
 from ssam.data.patients import patient_folders, read_patients
-from ssam.data.sources import Source, as_files, by_key, find_sources, folders_in, is_junk, plain, source_of_file
+from ssam.data.pictures_listed import Pictures
+from ssam.data.sources import (
+    Source,
+    as_files,
+    by_key,
+    find_sources,
+    folders_in,
+    is_junk,
+    notes_on_left_out,
+    plain,
+    source_of_file,
+)
+from ssam.data.splits import SPLIT_NAMES, are_splits, is_called
 from ssam.errors import UserError
 
 LABELS_FILE = "labels.json"
 NNUNET_FILE = "dataset.json"
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test", "testing"),
-}
 # nnU-Net has red, green and blue as channels of one file.
 IN_COLOUR = (*PICTURES, *TIFF)
 COCO_KEYS = {"images", "annotations", "categories"}
@@ -55,7 +71,7 @@ def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     if folder_named(folder, IMAGE_FOLDERS) is None and folder.is_dir():
         if patient_folders(folder):
             return read_patients(folder, _names_beside(folder, root), all_folders)
-        beside = _masks_beside(folder, root)
+        beside = _masks_beside(folder, _names_beside(folder, root))
         if beside:
             return beside
     return _two_folders(folder, root, all_folders)
@@ -72,18 +88,12 @@ def coco_split(folder: Path, split: str) -> Part | None:
         UserError: if there are such files, but none of this split.
     """
     files = coco_files(folder)
-    by_split = {name: [path for path in files if _is_called(path.stem, name)] for name in SPLIT_NAMES}
+    by_split = {name: [path for path in files if is_called(path.stem, name)] for name in SPLIT_NAMES}
     if sum(map(bool, by_split.values())) < 2:
         return None
     if not by_split[split]:
         raise UserError(f"{folder} has COCO's files for its splits, but none for {split}; add instances_{split}.json.")
     return _coco(folder, by_split[split], files, split)
-
-
-def _is_called(text: str, split: str) -> bool:
-    """Whether a split's name is among the words of a file's or folder's, as in instances_val2017."""
-    words = re.split(r"[^a-z]+", text.lower())
-    return any(name in words for name in SPLIT_NAMES[split])
 
 
 def has_images(folder: Path) -> bool:
@@ -97,14 +107,14 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     image_folder, mask_folder = folder_named(folder, IMAGE_FOLDERS), folder_named(folder, MASK_FOLDERS)
     if image_folder is None:
         raise UserError(f"{folder} holds no folder images; add it, with the images.")
+    if mask_folder is None and (beside := _masks_beside(image_folder, names)):
+        return beside
     if mask_folder is None:
         raise UserError(f"{folder} holds no folder masks; add it, with a mask for each, or a folder for each label.")
     images, unknown = find_sources(image_folder)
-    localizers = [image for image in images if image.is_localizer]
-    images = [image for image in images if not image.is_localizer]
-    part = Part((), [], folder=image_folder, notes=notes_on(unknown))
-    if localizers:
-        part.notes.append(f"{len(localizers)} DICOM localizers are left out, first {localizers[0].path}")
+    part = Part((), [], folder=image_folder, notes=notes_on_left_out(images) + notes_on(unknown))
+    part.notes += notes_on_other_masks(folder, mask_folder)
+    images = [image for image in images if not image.left_out]
     if names:
         masks, others = find_sources(mask_folder)
         images = _slices_with_masks(images, masks, image_folder)
@@ -115,8 +125,7 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     else:
         mask_folders = [folder_named(other, MASK_FOLDERS) for other in all_folders] or [mask_folder]
         part.labels = _label_folders([other for other in mask_folders if other])
-        inner = {plain(path.name): path for path in folders_in(mask_folder)}
-        of_label = [find_sources(inner[label]) if label in inner else ([], []) for label in part.labels]
+        of_label = [_masks_of_label(mask_folder, label) for label in part.labels]
         masks, others = (
             [mask for some, _ in of_label for mask in some],
             [path for _, some in of_label for path in some],
@@ -159,9 +168,29 @@ def _names_beside(folder: Path, root: Path) -> LabelNames | None:
     return None
 
 
+def _masks_of_label(mask_folder: Path, label: str) -> tuple[list[Source], list[Path]]:
+    """The masks in LABEL/, or in SPLIT/LABEL/, and the files that are none."""
+    masks: list[Source] = []
+    unknown: list[Path] = []
+    for place in _places_of_labels(mask_folder):
+        inner = {plain(path.name): path for path in folders_in(place)}
+        some, others = find_sources(inner[label]) if label in inner else ([], [])
+        split = "" if place == mask_folder else f"{plain(place.name)}/"
+        masks += [replace(mask, name=f"{split}{mask.name}") for mask in some]
+        unknown += others
+    return masks, unknown
+
+
+def _places_of_labels(mask_folder: Path) -> list[Path]:
+    """Where the folders of labels are: among the masks, or in each split's."""
+    inner = folders_in(mask_folder)
+    return inner if are_splits([path.name for path in inner]) else [mask_folder]
+
+
 def _label_folders(mask_folders: Sequence[Path]) -> list[str]:
     """The names of the folders in any of these; a split may lack a label."""
-    labels = sorted({plain(path.name) for folder in mask_folders for path in folders_in(folder)})
+    places = [place for folder in mask_folders for place in _places_of_labels(folder)]
+    labels = sorted({plain(path.name) for place in places for path in folders_in(place)})
     if not labels:
         raise UserError(
             f"the labels of {mask_folders[0]} are unknown: put a labels.json beside it, "
@@ -183,17 +212,18 @@ def _advice_on_missing_masks(mask_folder: Path, has_names: bool) -> str:
     )
 
 
-def _masks_beside(folder: Path, root: Path) -> Part | None:
+def _masks_beside(folder: Path, names: LabelNames | None) -> Part | None:
     """Pictures and their masks in one folder, or in a folder for each kind of picture; told apart by their names."""
     sources, unknown = find_sources(folder)
     masks = [source for source in sources if is_mask_name(source.key)]
     images = [source for source in sources if not is_mask_name(source.key)]
     if not masks or not images:
         return None
-    names, found = _names_beside(folder, root), match(images, masks)
+    found = match(images, masks)
     missing = [image for image in images if image.key not in found]
     if missing:
-        raise UserError(f"{missing[0].path} has no mask, {missing[0].path.stem}_mask beside it; add it, or remove it.")
+        called = missing[0].name.rpartition("/")[2]
+        raise UserError(f"{missing[0].path} has no mask, {called}_mask beside it; add it, or remove it.")
     labels = names.labels if names else ("lesion",)
     pairs = [
         Pair(image, LabelMaps(found[image.key], names) if names else MaskOfEach([found[image.key]]))
@@ -258,7 +288,7 @@ def _is_coco(path: Path) -> bool:
 def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split: str = "") -> Part:
     labels = _coco_labels(all_files or files)
     part = Part(labels, [], [f"read as COCO's, by {', '.join(path.name for path in files)}"], folder=folder)
-    by_path, by_name = _files_below(folder)
+    pictures = Pictures(folder)
     used = set()
     for file in files:
         content = read_json(file)
@@ -280,30 +310,31 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
             )
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
-            path = by_path.get(name) or _of_split(by_name.get(name.rsplit("/", 1)[-1]), split, folder)
-            if path is None:
+            found = _of_split(pictures.listed(name), split, folder)
+            if not found:
                 raise UserError(f"{file} lists {name}, which is in no folder of {folder}; add it.")
-            if isinstance(path, list):
-                raise UserError(f"{file} lists {name}, and {path[0]} and {path[1]} are called so; give its folder.")
+            if len(found) > 1:
+                raise UserError(f"{file} lists {name}, and {found[0]} and {found[1]} are called so; give its folder.")
+            path = found[0]
             used.add(path)
             size = int(image.get("height") or 0), int(image.get("width") or 0)
             annotation = CocoAnnotations(file, size, of_image[image["id"]], places, len(labels))
-            part.pairs.append(Pair(source_of_file(path), annotation))
+            part.pairs.append(Pair(_source_in(path, folder), annotation))
     part.pairs.sort(key=lambda pair: pair.image.key)
-    left = [path for path in by_path.values() if path not in used]
+    left = [path for path in pictures.paths if path not in used]
     if left and not split:
         part.notes.append(f"{len(left)} images are not listed, and not read, first {left[0].name}")
     return part
 
 
-def _of_split(paths: Any, split: str, folder: Path) -> Any:
+def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
     """Of several pictures of one name, the only one that lies in a folder of the split, if there is one."""
 
     def lies_in_split(path: Path) -> bool:
-        return any(_is_called(part, split) for part in path.relative_to(folder).parts[:-1])
+        return any(is_called(part, split) for part in path.relative_to(folder).parts[:-1])
 
-    mine = [path for path in _as_list(paths) if split and lies_in_split(path)]
-    return mine[0] if len(mine) == 1 else paths
+    mine = [path for path in paths if split and lies_in_split(path)]
+    return mine if len(mine) == 1 else paths
 
 
 def _coco_labels(files: Sequence[Path]) -> list[str]:
@@ -343,22 +374,6 @@ def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
         raise UserError(f"{file} gives annotation {number} a box and no outline; export it with segmentations.")
 
 
-def _files_below(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Pictures by the paths that a list may call them by, and by their names, several of which are a list."""
-    by_path: dict[str, Path] = {}
-    by_name: dict[str, Any] = {}
-    for source in find_sources(folder)[0]:
-        place = plain(source.path.relative_to(folder).as_posix())
-        by_path[place] = source.path
-        name = place.rsplit("/", 1)[-1]
-        by_name[name] = [*_as_list(by_name[name]), source.path] if name in by_name else source.path
-    return by_path, by_name
-
-
-def _as_list(value: Any) -> list[Path]:
-    return value if isinstance(value, list) else [value] if value else []
-
-
 def _labelme_files(folder: Path) -> list[Path]:
     """The files of a folder, or of one in it, that are labelme's."""
     if not folder.is_dir():
@@ -388,17 +403,15 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
     if not labels:
         raise UserError(f"{folder} holds labelme's files, but no shapes in them; draw some.")
     require_label_names(labels, files[0])
-    by_path, by_name = _files_below(folder)
-    stems = {path.stem: path for path in by_path.values()}
+    pictures = Pictures(folder)
     part = Part(labels, [], [f"read as labelme's, by {files[0].name} and {len(files) - 1} others"], folder=folder)
     used = set()
     for path, content in contents.items():
-        name = plain(str(content["imagePath"])).replace("\\", "/").rsplit("/", 1)[-1]
-        beside = path.parent / name
-        image = beside if beside.is_file() else by_name.get(name) or stems.get(path.stem)
-        if image is None or isinstance(image, list):
+        name = plain(str(content["imagePath"])).replace("\\", "/")
+        image = pictures.of_labelme(path, name)
+        if image is None:
             raise UserError(
-                f"{path} is of {name}, which is in no folder of {folder}, or in several; put it beside it."
+                f"{path} is of {name}, which lies neither beside it nor at its like place in images; put it beside it."
             )
         used.add(image)
         shapes = [
@@ -409,13 +422,15 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
         size = int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0)
         part.pairs.append(Pair(_source_in(image, folder), LabelmeShapes(path, size, shapes, labels)))
     part.pairs.sort(key=lambda pair: pair.image.key)
-    left = [path for path in by_path.values() if path not in used]
+    left = [path for path in pictures.paths if path not in used]
     if left:
         raise UserError(f"{left[0]} has no labelme file; save one, without shapes if there is nothing to see.")
     return part
 
 
 def _source_in(path: Path, folder: Path) -> Source:
+    """With its folders in the name, but the one that holds all images."""
+    parts = path.parent.relative_to(folder).parts if path.is_relative_to(folder) else ()
+    parts = parts[1:] if parts and parts[0].lower() in IMAGE_FOLDERS else parts
     source = source_of_file(path)
-    place = path.parent.relative_to(folder).as_posix() if path.is_relative_to(folder) else "."
-    return source if place in (".", *IMAGE_FOLDERS) else Source(path, f"{place}/{source.name}")
+    return replace(source, name="/".join([*map(plain, parts), source.name]))

@@ -16,6 +16,8 @@ Colour = tuple[int, int, int]
 BACKGROUND_NAMES = ("background", "bg", "_background_")
 # What JPEG makes of a mask of black and white reaches far above this; of a mask of 0 and 1 it leaves less.
 LEAST_WHITE = 64
+# By how much a format that changes values leaves the channels of a grey apart.
+MOST_TINT = 32
 # Of a value's pixels: where so many lie between a lower and a higher value, it is an edge and no label.
 EDGE_SHARE = 0.9
 # Of the pixels between black and white: where so many are flat, on no slope between two others, they are numbers.
@@ -181,13 +183,18 @@ def _brightness(layer: Layer) -> np.ndarray:
 
 
 def _numbers(layer: Layer) -> list[np.ndarray]:
-    """The ways to take a mask's pixels for numbers, the likeliest first; none if it is in colours."""
+    """The ways to take a mask's pixels for numbers, the likeliest first; none if it is in colours.
+
+    The numbers of a palette come first if it is in colours, and what it shows if it is in grey.
+    """
     found = []
     if layer.indices is not None and not _begins_with_white(layer):
         found.append(layer.indices)
     values = layer.values
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
+    elif layer.lossy and values.ndim == 3 and np.ptp(values, axis=2).max() <= MOST_TINT:
+        values = np.rint(values.mean(2)).astype(int)
     if values.ndim == 2:
         if values.dtype.kind == "f" and np.isfinite(values).all():
             whole = np.rint(values)
@@ -196,17 +203,19 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
             raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
         if layer.alpha is not None:
             values = np.where(layer.alpha > 0, values, values.dtype.type(0))
-        found.append(values)
+        found.insert(0 if layer.grey_palette else len(found), values)
     return found
 
 
 def _begins_with_white(layer: Layer) -> bool:
-    """Whether a palette in grey shows its first entry brighter than another: then its numbers mean nothing."""
+    """Whether a palette in grey shows its first entry brighter than the others, or than black if it is alone."""
     assert layer.indices is not None
     if layer.values.ndim != 3 or (layer.values != layer.values[..., :1]).any():
         return False
     first = layer.values[layer.indices == 0]
     others = layer.values[layer.indices > 0]
+    if layer.grey_palette and not others.size:
+        return bool(first.max() > 0)
     return bool(first.size and others.size and first.max() > others.max())
 
 
@@ -217,7 +226,7 @@ def _cut_for_one_label(
     numbers = [number for some in values.values() for number in some]
     if len(numbers) != 1 or numbers[0] < LEAST_WHITE or not candidates:
         return None
-    shown = candidates[-1]
+    shown = candidates[0 if layer.grey_palette else -1]
     if shown.min() < 0 or shown.max() > numbers[0]:
         return None
     distinct = np.unique(shown)

@@ -16,6 +16,8 @@ MASK_SUFFIX = re.compile(
 MASK_PREFIX = re.compile(r"^(masks?|seg|segmentations?|labels?|gt|groundtruth|annotations?)([ _.\-]*\d+)?$")
 IMAGE_PREFIX = re.compile(r"^(images?|imgs?|volume|vol|scan|imaging|ct|mr|mri)([ _.\-]*\d+)$")
 IMAGE_SUFFIX = re.compile(r"[ _.\-]+(image|img|orig|original|scan)$")
+# As in 21_manual1 of 21_training, which DRIVE has.
+MANUAL_SUFFIX, SPLIT_SUFFIX = re.compile(r"_manual\d?$"), re.compile(r"_(training|test|val|validation)$")
 CHANNEL = re.compile(r"_(\d{4})$")
 
 
@@ -31,6 +33,7 @@ def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[S
         if is_mask_name(mask.key):
             by_stem[MASK_SUFFIX.sub("", mask.key)].append(mask)
     by_number = {number: mask for mask in masks if (number := _number(mask.key, MASK_PREFIX))}
+    by_manual = {MANUAL_SUFFIX.sub("", mask.key): mask for mask in masks if MANUAL_SUFFIX.search(mask.key)}
     images_in, masks_in = _by_folder(images), _by_folder(masks)
     places = Counter(image.key.rsplit("/", 1)[0] for image in images if "/" in image.key)
     found = {}
@@ -45,6 +48,8 @@ def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[S
             found[image.key] = [exact[stem]]
         elif (number := _number(image.key, IMAGE_PREFIX)) in by_number:
             found[image.key] = [by_number[number]]
+        elif (manual := SPLIT_SUFFIX.sub("", image.key)) in by_manual:
+            found[image.key] = [by_manual[manual]]
         elif folder and len(images_in[folder]) == 1 and len(masks_in[folder]) == 1:
             found[image.key] = masks_in[folder]
         elif folder in exact and places[folder] == 1:

@@ -11,7 +11,8 @@ one of two ways:
 nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a
 patient are read as they are. Volumes and stacks are read slice by slice.
 
-Where there are folders ``train``, ``validation`` and ``test``, they are the splits. Otherwise of every ten images, or
+Where there are folders ``train``, ``validation`` and ``test``, also below ``images`` and ``masks``, they are the
+splits. Otherwise of every ten images, or
 volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
 images lie in ten or more. Neighbouring slices or frames that are pictures of their own would
 else be in several splits: give such images folders for each split.
@@ -25,10 +26,11 @@ from pathlib import Path
 
 from ssam.data.base import TURNS, Sample, SegmentationDataset, require_folder
 from ssam.data.decoding import EXTENSIONS, NIFTI, Scan, suffix_of
-from ssam.data.layouts import SPLIT_NAMES, coco_split, has_images, read_part
+from ssam.data.layouts import coco_split, has_images, read_part
 from ssam.data.parts import Pair, Part
 from ssam.data.reading import Reading, name_of, numbers_of, read_slice, scan_of
 from ssam.data.sources import folders_in
+from ssam.data.splits import SPLIT_NAMES, pairs_below
 from ssam.errors import UserError
 
 HOLDING = "images, masks and labels.json"
@@ -50,7 +52,9 @@ class OwnData(SegmentationDataset):
         self.notes = part.notes
         if part.modality:
             self.reading = replace(self.reading, modality=part.modality)
-        pairs = part.pairs if folders or of_split else self._in_turn(part)
+        below = None if folders or of_split else pairs_below(part.pairs, split, part.folder)
+        part.pairs = part.pairs if below is None else below
+        pairs = part.pairs if folders or of_split or below else self._in_turn(part)
         if not pairs:
             raise UserError(
                 f"{part.folder} holds {len(part.pairs)} images, too few for the split {split}: give ten, or "

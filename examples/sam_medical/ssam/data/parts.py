@@ -10,8 +10,9 @@ from ssam.data.annotations import Annotation
 from ssam.data.decoding import EXTENSIONS
 from ssam.data.sources import Source, folders_in
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages")
 MASK_FOLDERS = (
+    "1st_manual",  # before mask, which in DRIVE is what the camera sees
     "masks",
     "mask",
     "labels",
@@ -23,6 +24,7 @@ MASK_FOLDERS = (
     "groundtruth",
     "gt",
     "segmentationclass",
+    "ann_dir",
 )
 NAMED_AT_MOST = 3
 
@@ -57,6 +59,12 @@ def folder_named(folder: Path, names: Sequence[str]) -> Path | None:
         return None
     folders = {path.name.lower(): path for path in folders_in(folder)}
     return next((folders[name] for name in names if name in folders), None)
+
+
+def notes_on_other_masks(folder: Path, taken: Path) -> list[str]:
+    """On folders that are called as if they held masks, beside the one that is taken for it."""
+    others = [path.name for path in folders_in(folder) if path.name.lower() in MASK_FOLDERS and path != taken]
+    return [f"masks are those of {taken.name}; left out is {', '.join(others)} beside it"] if others else []
 
 
 def notes_on(unknown: Sequence[Path]) -> list[str]:

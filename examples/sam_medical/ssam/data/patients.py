@@ -16,7 +16,7 @@ from ssam.data.base import require_label_names
 from ssam.data.label_names import LabelNames
 from ssam.data.matching import match
 from ssam.data.parts import IMAGE_FOLDERS, MASK_FOLDERS, Pair, Part, folder_named, notes_on
-from ssam.data.sources import Source, find_sources, folders_in, plain
+from ssam.data.sources import Source, find_sources, folders_in, notes_on_left_out, plain
 from ssam.errors import UserError
 
 DEFAULT_LABEL = "lesion"
@@ -27,6 +27,7 @@ class Patient:
     folder: Path
     images: Sequence[Source]
     masks: Sequence[Source]
+    left_out: Sequence[Source] = ()
 
     def short(self, mask: Source) -> str:
         """A mask's name without the patient's."""
@@ -53,10 +54,11 @@ def read_patients(folder: Path, names: LabelNames | None, all_folders: Sequence[
     """
     found = [_read_patient(inner) for inner in patient_folders(folder)]
     patients, unknown = [patient for patient, _ in found], [path for _, some in found for path in some]
-    part = Part((), [], notes_on(unknown), folder=folder)
-    left_out = [inner.name for inner in folders_in(folder) if not folder_named(inner, MASK_FOLDERS)]
-    if left_out:
-        part.notes.append(f"{len(left_out)} folders hold no folder of masks, and are not read, first {left_out[0]}")
+    left_out = notes_on_left_out([source for patient in patients for source in patient.left_out])
+    part = Part((), [], left_out + notes_on(unknown), folder=folder)
+    others = [inner.name for inner in folders_in(folder) if not folder_named(inner, MASK_FOLDERS)]
+    if others:
+        part.notes.append(f"{len(others)} folders hold no folder of masks, and are not read, first {others[0]}")
     every = [_read_patient(inner)[0] for other in all_folders for inner in patient_folders(other)]
     labels = [] if names else _labels_of_files(every or patients)
     if labels:
@@ -80,8 +82,10 @@ def _read_patient(folder: Path) -> tuple[Patient, list[Path]]:
     if not images:
         raise UserError(f"{folder} holds masks and no images; add them, or remove the folder.")
     name = plain(folder.name)
-    images = [replace(image, name=f"{name}/{image.name}") for image in images if not image.is_localizer]
-    return Patient(folder, images, [replace(mask, name=f"{name}/{mask.name}") for mask in masks]), unknown + others
+    left_out = [image for image in images if image.left_out]
+    images = [replace(image, name=f"{name}/{image.name}") for image in images if not image.left_out]
+    masks = [replace(mask, name=f"{name}/{mask.name}") for mask in masks]
+    return Patient(folder, images, masks, left_out), unknown + others
 
 
 def _labels_of_files(patients: Sequence[Patient]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssam.data.decoding import NIFTI, Scan, is_one_picture, suffix_of
+from ssam.data.decoding import NIFTI, Scan, affine_in_mm, is_one_picture, suffix_of
 from ssam.data.geometry import (
     PLANES,
     STORED,
@@ -64,6 +64,7 @@ class Layer:
     path: Path
     values: np.ndarray
     indices: np.ndarray | None
+    grey_palette: bool
     alpha: np.ndarray | None
     lossy: bool
 
@@ -131,7 +132,7 @@ def read_layer(mask: Source, image: Source, number: int | None, reading: Reading
 
     values = picture(scan.values)
     assert values is not None
-    return Layer(mask.path, values, picture(scan.indices), picture(scan.alpha), scan.lossy)
+    return Layer(mask.path, values, picture(scan.indices), scan.grey_palette, picture(scan.alpha), scan.lossy)
 
 
 def check_grid(mask: Source, image: Source, resample: bool) -> None:
@@ -197,7 +198,7 @@ def _header_of_nifti(source: Source) -> tuple[tuple[int, ...], np.ndarray, bool]
         shape = shape[:-1]
     if len(shape) > 3 or not shape or 0 in shape:
         return None
-    return (*shape, *(1,) * (3 - len(shape))), file.affine, True
+    return (*shape, *(1,) * (3 - len(shape))), affine_in_mm(file), True
 
 
 def _pictures(values: np.ndarray, affine: np.ndarray | None, plane: str) -> np.ndarray:

@@ -17,12 +17,16 @@ from ssam.data.quiet import pydicom
 from ssam.data.stacking import normal_of, order_of, problem_of
 from ssam.errors import UserError, first_line
 
-JUNK_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
+JUNK_FOLDERS = {"__macosx", "$recycle.bin", "#recycle", "#snapshot", "system volume information", "@eadir"}
 JUNK_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "dicomdir", ".ds_store"}
 # Pixels that a header beside them refers to, or the header of such pixels.
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".hdr")
+LOCALIZERS = "DICOM localizers"
+# DICOM's modalities that say something of pictures, and may be as large.
+WITHOUT_PICTURES = ("SEG", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG")
 HEADER_TAGS = (
     "SOPClassUID",
+    "Modality",
     "SeriesInstanceUID",
     "SeriesNumber",
     "ImagePositionPatient",
@@ -44,7 +48,7 @@ class Source:
         name: Its place in the folder it was found in, without the ending: what a mask of it is called.
         files: Of a series, its slices from one end to the other.
         problem: Why it cannot be read, where that is known already.
-        is_localizer: Whether it is DICOM's picture for planning a scan, which nobody segments.
+        left_out: What it is that nobody segments: DICOM's picture for planning a scan, or DICOM without a picture.
         hint: What to do if it should have a mask and has none.
     """
 
@@ -52,7 +56,7 @@ class Source:
     name: str
     files: tuple[Path, ...] = ()
     problem: str = ""
-    is_localizer: bool = False
+    left_out: str = ""
     hint: str = ""
 
     @property
@@ -156,16 +160,17 @@ def _without_twins(sources: list[Source]) -> list[Source]:
 
 def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]:
     """A source for each series of slices in a folder, and one for each other file."""
-    if len(paths) < 2:
-        return [_single(path, folder) for path in paths]
     series: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
     singles: list[Source] = []
     unplaced = []
     for path in paths:
         header = _header(path)
         is_slice = header is not None and int(header.get("NumberOfFrames") or 1) == 1
-        if header is not None and "LOCALIZER" in (header.get("ImageType") or ()):
-            singles.append(replace(_single(path, folder), is_localizer=True))
+        left_out = _why_left_out(header)
+        if left_out and (len(paths) > 1 or left_out != LOCALIZERS):  # alone it is what there is
+            singles.append(replace(_single(path, folder), left_out=left_out))
+        elif len(paths) == 1:
+            singles.append(_single(path, folder))
         elif is_slice and "ImagePositionPatient" in header:
             series[_series_key(header)].append((path, header))
         else:
@@ -187,6 +192,24 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
             for place, source in enumerate(singles)
         ]
     return singles
+
+
+def _why_left_out(header: Any) -> str:
+    if header is None:
+        return ""
+    if "LOCALIZER" in (header.get("ImageType") or ()):
+        return LOCALIZERS
+    modality = str(header.get("Modality") or "")
+    is_picture = "Rows" in header and modality not in WITHOUT_PICTURES
+    return "" if is_picture or not modality else f"DICOM files of {modality}, which holds no picture,"
+
+
+def notes_on_left_out(sources: Sequence[Source]) -> list[str]:
+    kinds: dict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        if source.left_out:
+            kinds[source.left_out].append(source)
+    return [f"{len(some)} {kind} are left out, first {some[0].path}" for kind, some in kinds.items()]
 
 
 def _hint_on_places(folder: Path, count: int) -> str:
