@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ssam.comparison import Bench
+from ssam.comparison_masks import draw_masks
 from ssam.comparison_report import write_report
 from ssam.errors import one_line_errors
 from ssam.files import folder_in
@@ -38,7 +39,9 @@ def compare(options: CompareOptions) -> None:
     bench = Bench(options)
     bench.run()
     report = folder_in(Path(options.output_dir), "report")
-    print(write_report(bench, report))
+    results = bench.results()
+    print(write_report(results, report))
+    draw_masks(bench, results, report / "masks.png")
     print(report)
     if bench.failures:
         sys.exit(
