@@ -215,3 +215,10 @@ def test_a_report_of_another_version_is_refused(pack):
 def test_report_goes_with_no_other_option(pack, run, refused):
     with refused("report is .*; leave the other options out"):
         run(compare, report=pack, methods="lora")
+
+
+def test_the_published_reports_are_what_their_files_give(tmp_path):
+    for folder in (Path(compare.__file__).parent / "results").iterdir():
+        write_report(read_pack(folder), tmp_path / folder.name)
+        for name in ("README.md", "table.csv"):
+            assert (tmp_path / folder.name / name).read_text() == (folder / name).read_text()
