@@ -5,7 +5,11 @@
 
 Every method has the same data, steps and images a step; its learning rate is chosen on the validation images of the
 first seed, out of the same multiples of its usual one. The output directory gets a folder for each run, and report/:
-the table (README.md, table.csv), trained values against Dice, curves, and all methods' masks side by side.
+the table (README.md, table.csv), trained values against Dice, curves, and all methods' masks side by side. It also
+holds every run in four files (report.json, runs.csv, scores.csv.gz, history.csv.gz), without paths of this machine. So
+it can be kept without the runs: this writes its table and figures again.
+
+    python examples/sam_medical/compare.py --report runs/compare-glas/report
 
 What is done is not done again: the same command goes on where it was stopped, and tries again what has failed. Its
 runs save their states and end when it ends, in whatever way.
@@ -17,6 +21,8 @@ import sys
 from pathlib import Path
 
 from ssam.comparison import Bench
+from ssam.comparison_masks import draw_masks
+from ssam.comparison_pack import read_pack, write_pack
 from ssam.comparison_report import write_report
 from ssam.errors import one_line_errors
 from ssam.files import folder_in
@@ -28,6 +34,10 @@ from ssam.runtime import prepare_process
 @one_line_errors
 def main() -> None:
     options = parse_options(CompareOptions)
+    if options.report is not None:
+        folder = Path(options.report)
+        print(write_report(read_pack(folder), folder))
+        return
     require_folder_to_be(options, "output_dir")
     with only_command_in(Path(options.output_dir)):
         compare(options)
@@ -37,8 +47,11 @@ def compare(options: CompareOptions) -> None:
     prepare_process()
     bench = Bench(options)
     bench.run()
+    results = bench.results()
     report = folder_in(Path(options.output_dir), "report")
-    print(write_report(bench, report))
+    write_pack(results, report)
+    print(write_report(results, report))
+    draw_masks(bench, results, report / "masks.png")
     print(report)
     if bench.failures:
         sys.exit(

@@ -19,7 +19,8 @@ from PIL import Image
 
 import compare
 from ssam import comparison
-from ssam.comparison import Bench, Cell, last_line
+from ssam.comparison import Bench, last_line
+from ssam.comparison_plan import Cell
 from ssam.comparison_report import Row, comparison_table
 from ssam.errors import UserError
 from ssam.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
@@ -107,7 +108,14 @@ def fake_training(monkeypatch):
             write_scores(scores, folder / "scores.csv")
             values = {
                 "options": {"steps": int(flags["--steps"]), "dataset": flags["--dataset"]},
-                "validation": {"best_dice": validation},
+                "validation": {"best_dice": validation, "best_step": 4},
+                "test": {"mean_dice": 0.5, "labels": {"liver": {}}},
+                "trainable_parameters": 10,
+                "seconds": 1.5,
+                "peak_memory_bytes": None,
+                "processes": 1,
+                "environment": {"python": "3"},
+                "history": {"losses": [], "validations": []},
                 "weights": weights_of(flags),
                 "data": flags["--dataset"],
             }
@@ -131,8 +139,10 @@ def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training
     trained = fake_training(dice_of)
     bench = Bench(CompareOptions(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3"))
     bench.run()
-    assert bench.rates == {("s-sam", 1): 0.005}
-    rates = [bench.describe_rate(replace(bench.done_seeds("s-sam")[0][0], learning_rate=rate)) for rate in RATES]
+    results = bench.results()
+    assert results.rates == {("s-sam", 1): 0.005}
+    cell = results.done_seeds("s-sam")[0][0]
+    rates = [bench.plan.describe_rate(replace(cell, learning_rate=rate)) for rate in RATES]
     assert rates == ["0.0015 (lowest tried)", "0.005", "0.015 (highest tried)"]
     assert sorted((flags["--learning-rate"], flags["--seed"]) for flags in trained) == [
         ("0.0015", "0"),
@@ -151,9 +161,10 @@ def test_folds_make_one_test_set(fake_training, tmp_path):
         )
     )
     bench.run()
-    seeds = bench.done_seeds("lora")
+    results = bench.results()
+    seeds = results.done_seeds("lora")
     assert list(seeds) == [0, 1] and len(trained) == 6
-    scores = bench.scores(seeds[1])
+    scores = results.scores(seeds[1])
     assert [(s.image, s.dice) for s in scores] == [(f"image of us-{k}", pytest.approx(0.1 * k)) for k in (1, 2, 3)]
 
 
@@ -167,8 +178,9 @@ def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_pat
     )
     bench = Bench(options)
     bench.run()
-    assert bench.rates == {("lora", 1): 0.002, ("lora", 2): 0.004}
-    assert [cell.learning_rate for cell in bench.done_seeds("lora")[2]] == [0.002, 0.004]
+    results = bench.results()
+    assert results.rates == {("lora", 1): 0.002, ("lora", 2): 0.004}
+    assert [cell.learning_rate for cell in results.done_seeds("lora")[2]] == [0.002, 0.004]
 
 
 def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path):
@@ -213,8 +225,8 @@ def test_a_seed_counts_once_all_of_its_folds_are_done(fake_training, tmp_path):
         )
     )
     bench.run()
-    (bench.folder_of(bench.done_seeds("lora")[1][-1]) / "metrics.json").unlink()
-    assert list(bench.done_seeds("lora")) == [0]
+    (bench.folder_of(bench.results().done_seeds("lora")[1][-1]) / "metrics.json").unlink()
+    assert list(bench.results().done_seeds("lora")) == [0]
 
 
 @pytest.fixture
@@ -287,6 +299,9 @@ def test_a_damaged_record_of_a_run_is_named(fake_training, tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match=r"metrics\.json is not what a finished run writes; remove"):
             Bench(options)
+    path.write_text('{"options": {}, "validation": {"best_dice": 0.5}}')
+    with pytest.raises(UserError, match=r"metrics\.json is not what a finished run writes; remove"):
+        Bench(options).results()
 
 
 def test_where_images_are_blank_the_difference_stands_also_without_them():

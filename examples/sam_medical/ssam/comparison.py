@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, cast
@@ -17,13 +17,15 @@ from typing import IO, Any, cast
 from tqdm import tqdm
 
 from ssam.checkpoint import FREE_OPTIONS
+from ssam.comparison_plan import Cell, Plan
+from ssam.comparison_results import Results, RunResult, result_of
 from ssam.data import open_splits
 from ssam.errors import UserError
 from ssam.files import folder_in, refuse_link
 from ssam.lock import command_in
-from ssam.methods import METHODS
-from ssam.metrics import MaskScore, read_scores
+from ssam.metrics import read_scores
 from ssam.options import CompareOptions, TrainOptions, flags_of
+from ssam.portable import portable_options, portable_text
 from ssam.signals import PARENT, Stopped
 from ssam.state import read_json
 from ssam.values import is_number
@@ -37,26 +39,12 @@ SECONDS_BETWEEN_LOOKS = 0.5
 OPTIONS_OF_A_RUN = {"method", "seed", "learning_rate", *FREE_OPTIONS}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method on a fold, with a seed and a learning rate."""
-
-    method: str
-    fold: int
-    seed: int
-    learning_rate: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}/fold-{self.fold}/rate-{self.learning_rate:g}/seed-{self.seed}"
-
-
 class Bench:
     """All cells of a comparison, in one folder.
 
     Attributes:
         options: What to compare.
-        rates: The learning rate of each method on each fold; chosen while it runs, by the fold's own validation.
+        plan: Which cells there are.
         failures: What a failed cell said last.
 
     Raises:
@@ -65,43 +53,39 @@ class Bench:
 
     def __init__(self, options: CompareOptions) -> None:
         self.options = options
+        self.plan = Plan(options)
         self.folder = Path(options.output_dir)
-        self.folds = range(1, (options.folds or 1) + 1)
-        self.rates: dict[tuple[str, int], float] = {}
         self.failures: dict[Cell, str] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = Event()
-        for fold in self.folds:
-            open_splits(self.dataset_of(fold), options.data_root, options.labels, options.reading)
+        for fold in self.plan.folds:
+            open_splits(self.plan.dataset_of(fold), options.data_root, options.labels, options.reading)
         self._check_finished_runs()
 
     def run(self) -> None:
         """Runs every cell that is not done, first those by which the learning rates are chosen."""
-        pairs = [(method, fold) for method in self.options.method_names for fold in self.folds]
-        self._run_all(cell for pair in pairs for cell in self._candidates(*pair))
-        for pair in pairs:
-            done = [cell for cell in self._candidates(*pair) if self.is_done(cell)]
-            if done:
-                best = max(done, key=lambda cell: self.metrics(cell)["validation"]["best_dice"])
-                self.rates[pair] = best.learning_rate
-        self._run_all(Cell(*pair, seed, rate) for pair, rate in self.rates.items() for seed in self._seeds_of(pair[0]))
+        candidates = self._candidates()
+        self._run_all(candidates)
+        self._run_all(self._chosen(candidates))
         self._check_finished_runs()
 
-    def done_seeds(self, method: str) -> dict[int, list[Cell]]:
-        """Of the seeds that are done on all folds, the cells at the chosen learning rates."""
-        if not all((method, fold) in self.rates for fold in self.folds):
-            return {}
-        by_seed = {
-            seed: [Cell(method, fold, seed, self.rates[method, fold]) for fold in self.folds]
-            for seed in self._seeds_of(method)
-        }
-        return {seed: cells for seed, cells in by_seed.items() if all(map(self.is_done, cells))}
-
-    def describe_rate(self, cell: Cell) -> str:
-        """The cell's learning rate, and whether it is an end of those tried, beyond which may lie a better one."""
-        rates = sorted(candidate.learning_rate for candidate in self._candidates(cell.method, cell.fold))
-        ends = {rates[0]: " (lowest tried)", rates[-1]: " (highest tried)"} if len(rates) > 1 else {}
-        return f"{cell.learning_rate:g}{ends.get(cell.learning_rate, '')}"
+    def results(self) -> Results:
+        """What the finished runs have given, read from their folders."""
+        candidates = self._candidates()
+        cells = sorted(cell for cell in {*candidates, *self._chosen(candidates)} if self.is_done(cell))
+        written = {cell: self.metrics(cell) for cell in cells}
+        # `_check_finished_runs` has seen that those that say it agree.
+        images = {cell.fold: metrics["data"] for cell, metrics in written.items() if metrics["data"]}
+        weights = [metrics["weights"] for metrics in written.values() if metrics["weights"]]
+        runs = {cell: self._result(cell, metrics) for cell, metrics in written.items()}
+        return Results(
+            options=portable_options(self.options),
+            labels=list(written[cells[0]]["test"]["labels"]) if cells else [],
+            images=images,
+            weights=weights[0] if weights else "",
+            runs=runs,
+            failures={cell.name: portable_text(text, self.options) for cell, text in self.failures.items()},
+        )
 
     def folder_of(self, cell: Cell) -> Path:
         return self.folder / cell.name
@@ -112,21 +96,22 @@ class Bench:
     def metrics(self, cell: Cell) -> dict[str, Any]:
         return read_metrics(self.folder_of(cell) / METRICS_FILE)
 
-    def scores(self, cells: Iterable[Cell]) -> list[MaskScore]:
-        """Of all images that these cells were tested on."""
-        return [score for cell in cells for score in read_scores(self.folder_of(cell) / SCORES_FILE)]
+    def _result(self, cell: Cell, metrics: dict[str, Any]) -> RunResult:
+        folder = self.folder_of(cell)
+        scores = read_scores(folder / SCORES_FILE)
+        try:
+            return result_of(metrics, scores)
+        except (KeyError, TypeError, ValueError) as error:
+            raise not_a_run(folder / METRICS_FILE) from error
 
-    def dataset_of(self, fold: int) -> str:
-        return self.options.dataset.replace("{fold}", str(fold))
+    def _candidates(self) -> list[Cell]:
+        return [cell for pair in self.plan.pairs for cell in self.plan.candidates(*pair)]
 
-    def _seeds_of(self, method: str) -> range:
-        return range(self.options.seeds if METHODS[method].is_random else 1)
-
-    def _candidates(self, method: str, fold: int) -> list[Cell]:
-        """The cells by which a method's learning rate on a fold is chosen."""
-        factors = self.options.factors if METHODS[method].learns else [1.0]
-        base = METHODS[method].learning_rate
-        return [Cell(method, fold, 0, float(f"{base * factor:.2g}")) for factor in factors]
+    def _chosen(self, candidates: Iterable[Cell]) -> list[Cell]:
+        """All seeds at the learning rates that validation has chosen among the finished candidates."""
+        done = [cell for cell in candidates if self.is_done(cell)]
+        rates = self.plan.best_rates({cell: self.metrics(cell)["validation"]["best_dice"] for cell in done})
+        return self.plan.with_all_seeds(rates)
 
     def _run_all(self, cells: Iterable[Cell]) -> None:
         missing = [cell for cell in dict.fromkeys(cells) if not self.is_done(cell)]
@@ -198,7 +183,7 @@ class Bench:
         values = {
             **{field.name: getattr(self.options, field.name) for field in fields(TrainOptions)},
             "method": cell.method,
-            "dataset": self.dataset_of(cell.fold),
+            "dataset": self.plan.dataset_of(cell.fold),
             "seed": cell.seed,
             "learning_rate": cell.learning_rate,
             "output_dir": str(self.folder_of(cell)),
@@ -213,7 +198,7 @@ class Bench:
         for path in sorted(self.folder.glob(f"*/fold-*/rate-*/seed-*/{METRICS_FILE}")):
             folder = path.parent
             metrics, fold = read_metrics(path), folder.parts[-3]
-            wanted = {**asdict(self.options), "dataset": self.dataset_of(int(fold.removeprefix("fold-")))}
+            wanted = {**asdict(self.options), "dataset": self.plan.dataset_of(int(fold.removeprefix("fold-")))}
             done = {**defaults, **metrics["options"]}
             for name in (done.keys() & wanted.keys()) - OPTIONS_OF_A_RUN:
                 if done[name] != wanted[name]:
@@ -243,7 +228,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
             return {"data": None, "weights": None, **metrics}
     except (ValueError, TypeError, KeyError):
         pass
-    raise UserError(f"{path} is not what a finished run writes; remove {path.parent}, and repeat the command.")
+    raise not_a_run(path)
+
+
+def not_a_run(path: Path) -> UserError:
+    return UserError(f"{path} is not what a finished run writes; remove {path.parent}, and repeat the command.")
 
 
 def last_line(text: str) -> str:

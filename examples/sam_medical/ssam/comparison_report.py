@@ -1,4 +1,4 @@
-"""The report of a comparison: its table, trained values against Dice, curves, and all methods' masks side by side."""
+"""The report of a comparison: its table, trained values against Dice, and curves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from adjustText import adjust_text
 
-from ssam.adapter import load_adapter
-from ssam.comparison import Bench, Cell
-from ssam.data import open_dataset, settle_reading
-from ssam.data.loading import evaluation_loader, spread
-from ssam.evaluation import predict_masks
+from ssam.comparison_plan import Cell, Plan
+from ssam.comparison_results import Results
 from ssam.files import write_text
 from ssam.methods import METHODS
 from ssam.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
@@ -23,7 +20,6 @@ from ssam.options import CompareOptions, changed_options, flags_of
 from ssam.report import (
     COLUMNS_BESIDE_DICE,
     cells_beside_dice,
-    draw_grid,
     format_difference,
     format_interval,
     markdown_table,
@@ -33,6 +29,7 @@ from ssam.report import (
 from ssam.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
 
 FIRST = "the first"
+STEPS_OF_NAMES = 100
 PRESENT_DIFFERENCE = f"present less {FIRST}'s"
 COLUMNS = (
     "method",
@@ -81,42 +78,40 @@ class Row:
         return float(np.mean(self.dice_of_seeds))
 
 
-def write_report(bench: Bench, folder: Path) -> str:
+def write_report(results: Results, folder: Path) -> str:
     """Writes all of it into the folder, and returns the table for the terminal."""
-    rows = [row for method in bench.options.method_names if (row := _row(bench, method)) is not None]
+    rows = [row for method in results.options.method_names if (row := _row(results, method)) is not None]
     if not rows:
-        text = "No method has finished a seed.\n" + _failures(bench)
+        text = "No method has finished a seed.\n" + _failures(results)
         write_text(folder / "README.md", text)
         return text
-    columns, table = comparison_table(bench, rows)
+    columns, table = comparison_table(results.plan, rows)
     write_table(columns, table, folder / "table.csv")
-    write_text(folder / "README.md", _text(bench, rows, markdown_table(columns, table)))
+    write_text(folder / "README.md", _text(results, rows, markdown_table(columns, table)))
     _draw_trained_values(rows, folder / "trained_values.png")
-    _draw_curves(bench, rows, folder / "curves.png")
-    _draw_masks(bench, rows, folder / "masks.png")
+    _draw_curves(results, rows, folder / "curves.png")
     return markdown_table(columns, table)
 
 
-def _row(bench: Bench, method: str) -> Row | None:
-    seeds = bench.done_seeds(method)
+def _row(results: Results, method: str) -> Row | None:
+    seeds = results.done_seeds(method)
     if not seeds:
         return None
     cells = [cell for of_seed in seeds.values() for cell in of_seed]
-    metrics = [bench.metrics(cell) for cell in cells]
-    labels = list(metrics[0]["test"]["labels"])
-    memory = [values["peak_memory_bytes"] for values in metrics]
-    of_seeds = [score_labels(bench.scores(of_seed), labels) for of_seed in seeds.values()]
+    runs = [results.runs[cell] for cell in cells]
+    memory = [run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None]
+    of_seeds = [score_labels(results.scores(of_seed), results.labels) for of_seed in seeds.values()]
     means = {str(seed): mean_scores(scores) for seed, scores in zip(seeds, of_seeds, strict=True)}
     return Row(
         method=method,
         cells=cells,
         dice_of_seeds=[mean_dice(scores) for scores in of_seeds],
-        scores=bench.scores(cells),
+        scores=results.scores(cells),
         labels=mean_scores(means),
-        by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in labels},
-        trained=metrics[0]["trainable_parameters"] if METHODS[method].learns else 0,
-        seconds=float(np.median([values["seconds"] for values in metrics])),
-        memory=None if None in memory else float(np.median(memory)),
+        by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in results.labels},
+        trained=runs[0].trainable_parameters if METHODS[method].learns else 0,
+        seconds=float(np.median([run.seconds for run in runs])),
+        memory=float(np.median(memory)) if len(memory) == len(runs) else None,
     )
 
 
@@ -127,12 +122,12 @@ def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
     return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
 
 
-def comparison_table(bench: Bench, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def comparison_table(plan: Plan, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows; where every image has every label, without the column that would repeat another."""
     comparisons = _comparisons(rows)
     first = METHODS[rows[0].method].title
     columns = [column.replace(FIRST, first) for column in COLUMNS]
-    table = [_cells(bench, row, rows[0], comparisons.get(row.method)) for row in rows]
+    table = [_cells(plan, row, rows[0], comparisons.get(row.method)) for row in rows]
     if all(score.true for score in rows[0].scores):
         repeated = COLUMNS.index(PRESENT_DIFFERENCE)
         for line in (columns, *table):
@@ -140,7 +135,7 @@ def comparison_table(bench: Bench, rows: Sequence[Row]) -> tuple[list[str], list
     return columns, table
 
 
-def _cells(bench: Bench, row: Row, first: Row, comparison: Comparison | None) -> list[str]:
+def _cells(plan: Plan, row: Row, first: Row, comparison: Comparison | None) -> list[str]:
     method = METHODS[row.method]
     return [
         method.title,
@@ -153,7 +148,7 @@ def _cells(bench: Bench, row: Row, first: Row, comparison: Comparison | None) ->
         "" if comparison is None else format_difference(comparison),
         "" if comparison is None else f"{comparison.p_value:.2g}",
         "" if comparison is None else format_difference(compare(_present(row.scores), _present(first.scores))),
-        ", ".join(dict.fromkeys(map(bench.describe_rate, row.cells))) if method.learns else "",
+        ", ".join(dict.fromkeys(map(plan.describe_rate, row.cells))) if method.learns else "",
         f"{row.seconds:.0f}",
         "-" if row.memory is None else f"{row.memory / 1e9:.1f}",
     ]
@@ -163,13 +158,13 @@ def _present(scores: Sequence[MaskScore]) -> list[MaskScore]:
     return [score for score in scores if score.true]
 
 
-def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
-    options = bench.options
-    metrics = bench.metrics(rows[0].cells[0])
+def _text(results: Results, rows: Sequence[Row], table: str) -> str:
+    options, first = results.options, rows[0].cells[0]
     cases = len(dice_by_case(rows[0].scores))
     least_p = 2 / min(RESAMPLES + 1, 2**cases) * max(1, len(rows) - 1)
-    environment = ", ".join(f"{name} {value}" for name, value in metrics["environment"].items())
-    splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in metrics["data"].items())
+    environment = ", ".join(f"{name} {value}" for name, value in results.runs[first].environment.items())
+    images = results.images.get(first.fold, {})
+    splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in images.items())
     parts = [
         f"# Methods compared on {options.dataset}",
         f"`compare.py` has written this file. Every method: {options.steps} steps of "
@@ -193,15 +188,12 @@ def _text(bench: Bench, rows: Sequence[Row], table: str) -> str:
     if len(rows[0].by_label) > 1:
         parts += ["Dice of each label:", _label_table(rows)]
     parts += [f"Images: {splits}, of the first run. {environment}."]
-    return "\n\n".join(parts) + "\n" + _failures(bench)
+    return "\n\n".join(parts) + "\n" + _failures(results)
 
 
 def _command(options: CompareOptions) -> str:
-    """The command that makes this report elsewhere: without what is only of this machine."""
-    values = {**changed_options(options), "output_dir": None, "jobs": None}
-    if options.data_root is not None:
-        values["data_root"] = "DATA"
-    return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(values))
+    """The command that makes this report elsewhere."""
+    return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(changed_options(options)))
 
 
 def _dice_of_blanks(scores: LabelScores) -> str:
@@ -229,10 +221,10 @@ def _label_table(rows: Sequence[Row]) -> str:
     return markdown_table(["method", *labels], lines)
 
 
-def _failures(bench: Bench) -> str:
-    if not bench.failures:
+def _failures(results: Results) -> str:
+    if not results.failures:
         return ""
-    lines = [f"- `{cell.name}`: {reason}" for cell, reason in bench.failures.items()]
+    lines = [f"- `{name}`: {reason}" for name, reason in results.failures.items()]
     return "\nRuns that have failed:\n\n" + "\n".join(lines) + "\n"
 
 
@@ -252,38 +244,21 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
     axes.margins(x=0.1)
     axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
     axes.grid(alpha=0.3)
-    adjust_text(names, ax=axes, expand=(1.2, 1.6))
+    # So many steps, and not one second, so that the same results give the same picture.
+    adjust_text(names, ax=axes, expand=(1.2, 1.6), iter_lim=STEPS_OF_NAMES)
     save_figure(figure, path, dpi=120)
 
 
-def _draw_curves(bench: Bench, rows: Sequence[Row], path: Path) -> None:
+def _draw_curves(results: Results, rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for index, row in enumerate(rows):
-        histories = [bench.metrics(cell)["history"]["validations"] for cell in row.cells]
+        histories = [results.runs[cell].validations for cell in row.cells]
         if METHODS[row.method].learns:
             steps = [step for step, _ in histories[0]]
             dice = np.mean([[value for _, value in history] for history in histories], axis=0)
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(steps, dice, style, color=f"C{index % 10}", label=METHODS[row.method].title)
-    axes.set(xlabel="step", ylabel=f"{bench.options.choose_by} of the validation images, mean of all runs")
+    axes.set(xlabel="step", ylabel=f"{results.options.choose_by} of the validation images, mean of all runs")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
     save_figure(figure, path, dpi=120)
-
-
-def _draw_masks(bench: Bench, rows: Sequence[Row], path: Path) -> None:
-    """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed."""
-    options = bench.options
-    name, root, labels = bench.dataset_of(1), options.data_root, options.labels
-    reading = settle_reading(open_dataset(name, root, "train", labels, options.reading))
-    dataset = open_dataset(name, root, "test", labels, reading)
-    samples = spread(dataset, options.examples)
-    columns = {"truth": [sample.masks for sample in samples]}
-    for row in rows:
-        adapter = bench.folder_of(row.cells[0]) / "adapter"
-        if not adapter.is_dir():  # kept elsewhere, because of its size
-            continue
-        model, task = load_adapter(adapter, options.backbone)
-        loader = evaluation_loader(samples, task.framing, batch_size=1)
-        columns[METHODS[row.method].title] = [masks for _, masks in predict_masks(model, loader)]
-    draw_grid(samples, columns, list(dataset.labels), path)

@@ -154,7 +154,7 @@ def read_scores(path: Path) -> list[MaskScore]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [_from_row(row) for row in csv.DictReader(file)]
+            return [score_from_row(row) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         problem = "cannot be read" if isinstance(error, OSError) else "does not hold the scores of images"
         raise UserError(
@@ -162,7 +162,8 @@ def read_scores(path: Path) -> list[MaskScore]:
         ) from error
 
 
-def _from_row(row: dict[str, str]) -> MaskScore:
+def score_from_row(row: Mapping[str, str]) -> MaskScore:
+    """A score out of its row in a CSV, all values as text."""
     distances: dict[str, Any] = {
         name: float(row[name]) if row[name] else None for name in ("hausdorff95", "surface_dice")
     }

@@ -239,6 +239,11 @@ class CompareOptions(TrainOptions):
     )
     jobs: int = option(1, "Runs at a time, which share the cores.")
     examples: int = option(4, "Test images in the picture of all methods' masks.")
+    report: str | None = option(
+        None,
+        "Folder of a report, whose README.md, table and figures are written again from its own runs.csv, "
+        "scores.csv.gz, history.csv.gz and report.json; nothing is trained, and no other option goes with it.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,6 +260,8 @@ class CompareOptions(TrainOptions):
         except ValueError:
             positive = False
         require(self, "rate_factors", positive, "must be numbers above 0 with commas between them")
+        alone = self.report is None or list(changed_options(self)) == ["report"]
+        require(self, "report", alone, "is written again from what is in it; leave the other options out")
 
     @property
     def method_names(self) -> list[str]:
