@@ -307,7 +307,7 @@ def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tens
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, but never a view, as that is with a bias: a view from a function of ours cannot be changed in place."""
+    """F.linear, but never a view, as that is with a bias: nobody could change one of ours in place."""
     if bias is None or x.ndim == 2:
         return F.linear(x, weight, bias)
     rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.mT)
