@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
 
 test: $(INSTALLED) .venv/references/installed .venv/quantizers/installed .venv/trainers/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 conformance: $(INSTALLED)
 	PYTHONPATH=tests $(BIN)/python -m conformance.run --peft '$(PEFT)'

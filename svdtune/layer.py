@@ -275,7 +275,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         backward_hooks = base_layer._backward_hooks or base_layer._backward_pre_hooks
         hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
         patched = "forward" in base_layer.__dict__ or type(base_layer).forward not in self.stock_forwards
-        return bool(hooked or backward_hooks) or patched or self._is_packed or self._parameter().requires_grad
+        return bool(hooked or backward_hooks) or patched or self._is_packed or self._weight_learns()
+
+    def _weight_learns(self) -> bool:
+        """Whether the base weight takes a gradient; FSDP's views of frozen weights only look as if they did."""
+        weight = self._parameter()
+        return isinstance(weight, nn.Parameter) and weight.requires_grad
 
     @property
     def _is_packed(self) -> bool:
