@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import stat
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,13 +114,17 @@ def mention_plugin(folder: Path) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\ntags:\n- svdtune\n---\n"
     if "import svdtune" in card:
         return
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")  # several processes may save at once
+    write_whole(path, (card.rstrip() + "\n" + HOW_TO_LOAD.format(install=how_to_install())).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, which also replaces a link and not what it leads to."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several processes may save at once
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(card.rstrip() + "\n" + HOW_TO_LOAD.format(install=how_to_install()))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

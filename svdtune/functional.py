@@ -7,7 +7,7 @@ A frozen weight W (out, in) is taken apart once and only its singular values are
 
     x (N, in) ──▶ Vᵀ (r, in) ──▶ * relu((1 + a) * S + B) (r) ──▶ U (out, r) ──▶ + bias ──▶ y (N, out)
 
-What is learned differs from the identity: weight decay pulls towards the frozen weight, and no digits go into the one.
+a and B are differences from the identity, so weight decay pulls towards the frozen weight.
 With delta = relu((1 + a) * S + B) - S there are four forms of the product, which hold other vectors and cost other
 multiply-adds. Forward and backward for N rows, where the frozen layer takes 2 N out in:
 

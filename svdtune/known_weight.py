@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from svdtune.float8 import is_float8
+
 # Of a row's length: its products may come out differently by that much where they are summed in another order.
 TOLERANCE = 1e-5
 
@@ -48,12 +50,7 @@ def _state_of(weight: Tensor) -> tuple[int, int, int | None]:
 @torch.no_grad()
 def _answer_of(weight: Tensor) -> Tensor | None:
     """Lengths and fixed products of the rows, (3, rows), on the CPU; None where there are no numbers to be read."""
-    if (
-        weight.is_meta
-        or not weight.is_floating_point()
-        or weight.element_size() == 1
-        or hasattr(weight, "full_tensor")
-    ):
+    if weight.is_meta or not weight.is_floating_point() or is_float8(weight) or hasattr(weight, "full_tensor"):
         return None
     with torch.autocast(weight.device.type, enabled=False):
         rows = weight.detach().flatten(1).float()

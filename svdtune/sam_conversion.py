@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.digests import PEFT_PREFIX, digest_of_each
-from svdtune.files import CHOICES, finish_adapter_files, mention_plugin, remove_link
+from svdtune.files import CHOICES, finish_adapter_files, mention_plugin, write_whole
 from svdtune.model import SVDScaleShiftModel
 from svdtune.sam_names import Naming, rename_module, rename_tensor
 
@@ -52,11 +52,8 @@ def convert_sam_adapter(folder: str | Path, output_folder: str | Path, to: Namin
         content["digests"] = {**digest_of_each(renamed), CHOICES: config.digest_of_choices()}
 
     output_folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        remove_link(output_folder / name)
-    save_file(renamed, output_folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    text = json.dumps(content, indent=2, sort_keys=True)
-    (output_folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    write_whole(output_folder / SAFETENSORS_WEIGHTS_NAME, save(renamed, metadata={"format": "pt"}))
+    write_whole(output_folder / CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True).encode())
     mention_plugin(output_folder)
     finish_adapter_files(output_folder)
 

@@ -40,7 +40,7 @@ class TestCoco:
         with pytest.raises(UserError, match=r"lists a/0\.png, which is in no folder"):
             open_own(tmp_path)
 
-    @pytest.mark.parametrize("prefix", ["", "images/", "./images/", "/home/someone/images/", "C:\\data\\images\\"])
+    @pytest.mark.parametrize("prefix", ["", "images/", "./images/", "/elsewhere/images/", "C:\\data\\images\\"])
     def test_names_are_ends_of_paths(self, tmp_path, prefix):
         for folder, grey in GREY.items():
             save_images(tmp_path, f"images/{folder}", grey, 5)
@@ -73,7 +73,7 @@ class TestLabelme:
         ("images", "jsons", "picture"),
         [
             ("images", "labels", "{}.png"),
-            ("images/s1", "annotations/s1", "/home/someone/{}.png"),
+            ("images/s1", "annotations/s1", "/elsewhere/{}.png"),
             ("pictures", "shapes", "..\\pictures\\{}.png"),
             ("images", "", "{}.jpg"),
         ],
