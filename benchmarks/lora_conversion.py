@@ -17,7 +17,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from ssam.adapter import load_adapter
+from sam_medical.adapters.adapter import load_adapter
 from svdtune import SVDScaleShiftConfig, SVDScaleShiftModel
 
 ADAPTER = Path(__file__).parents[1] / "examples" / "sam_medical" / "adapters" / "glas"

@@ -120,8 +120,7 @@ def refused(capsys):
 @pytest.fixture
 def from_download_to_table(run, tiny_sam_folder, tiny_clip_folder, tmp_path):
     """Trains with a dataset's own config, in miniature, and evaluates; gives the table's rows by label."""
-    import evaluate
-    import train
+    from sam_medical.cli import evaluate, train
 
     def go(config, data_root):
         few = {"image_size": 32, "steps": 2, "validate_every": 2, "warmup_steps": 1, "batch_size": 2}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate
-from ssam.adapter import build_model, load_adapter, save_adapter
-from ssam.data.base import require_label_names
-from ssam.errors import UserError
-from ssam.sam_checkpoint import read_checkpoint
-from ssam.task import Task, read_task, write_task
+from sam_medical.adapters.adapter import build_model, load_adapter, save_adapter
+from sam_medical.adapters.task import Task, read_task, write_task
+from sam_medical.cli import evaluate
+from sam_medical.common.errors import UserError
+from sam_medical.data.base import require_label_names
+from sam_medical.models.sam_checkpoint import read_checkpoint
 
 LABELS = ("liver", "Gallbladder", "σπλήν")
 
@@ -185,7 +185,7 @@ def test_a_configuration_is_the_one_that_the_task_has(key, value, ssam):
 
 @pytest.mark.parametrize("method", ["s-sam", "lora", "salt"])
 def test_an_expression_that_takes_too_long_is_ended(method, adapters, tiny_sam_folder, monkeypatch):
-    monkeypatch.setattr("ssam.expressions.SECONDS", 1)
+    monkeypatch.setattr("sam_medical.common.expressions.SECONDS", 1)
     task = replace(read_task(adapters["s-sam"]), method=method, target_modules=r"(\w+\.?)+x")
     with pytest.raises(UserError, match="takes more than 1 seconds to match; give a simpler one"):
         build_model(task, torch.ones(len(LABELS), 5))

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SamModel
 
-from ssam.backbones import load_backbone, resize_positions
-from ssam.errors import UserError
-from ssam.model import PromptedSam
-from ssam.prompts import NoPrompts, TextPrompts
+from sam_medical.common.errors import UserError
+from sam_medical.models.backbones import load_backbone, resize_positions
+from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.models.prompts import NoPrompts, TextPrompts
 
 
 @torch.no_grad()

@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import SamModel
 
-import compare
-import evaluate
-import predict
-import train
-from ssam.adapter import build_model, load_adapter, save_adapter
-from ssam.backbones import load_sam_model
-from ssam.errors import UserError
-from ssam.options import CompareOptions, EvaluateOptions, PredictOptions, TrainOptions, parse_options
-from ssam.sam_checkpoint import sam_model_from_checkpoint
-from ssam.task import Task, write_task
-from ssam.text import encode_labels
+from sam_medical.adapters.adapter import build_model, load_adapter, save_adapter
+from sam_medical.adapters.task import Task, write_task
+from sam_medical.cli import compare, evaluate, predict, train
+from sam_medical.common.errors import UserError
+from sam_medical.models.backbones import load_sam_model
+from sam_medical.models.sam_checkpoint import sam_model_from_checkpoint
+from sam_medical.models.text import encode_labels
+from sam_medical.options.options import CompareOptions, EvaluateOptions, PredictOptions, TrainOptions, parse_options
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 NUMBERS = [
     "-1",
@@ -205,12 +204,17 @@ def test_a_run_s_folder_is_no_device(name, run, refused):
 
 def test_commands_end_with_status_two_and_one_line_on_stderr(tmp_path):
     draw = random.Random(1)
-    module_of = {TrainOptions: train, CompareOptions: compare, EvaluateOptions: evaluate, PredictOptions: predict}
+    script_of = {
+        TrainOptions: "train.py",
+        CompareOptions: "compare.py",
+        EvaluateOptions: "evaluate.py",
+        PredictOptions: "predict.py",
+    }
     for options_type, field, value in draw.sample(list(cases()), 2):
         values = value if isinstance(value, list) else [value]
         if any("\0" in text for text in values) or (value == "" and field.default == ""):
             continue
-        command = [sys.executable, module_of[options_type].__file__, *needed(options_type, field)]
+        command = [sys.executable, SCRIPTS / script_of[options_type], *needed(options_type, field)]
         process = subprocess.run([*command, f"--{field.name}", *values], capture_output=True, text=True, cwd=tmp_path)
         assert process.returncode == 2 and not list(tmp_path.iterdir())
         (line,) = process.stderr.splitlines()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -16,11 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate
-import predict
-import train
-from ssam.metrics import read_scores
-from ssam.progress import Progress
+from sam_medical.cli import evaluate, predict, train
+from sam_medical.evaluation.metrics import read_scores
+from sam_medical.training.progress import Progress
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 STEPS = 6
 
@@ -82,7 +83,7 @@ def test_train_leaves_what_evaluate_and_predict_need(run, options, tmp_path, cap
     )
 
     # In a process of its own, where nothing has made the method known to PEFT.
-    command = [sys.executable, evaluate.__file__, "--adapter", adapter, "--data_root", options["data_root"]]
+    command = [sys.executable, SCRIPTS / "evaluate.py", "--adapter", adapter, "--data_root", options["data_root"]]
     subprocess.run([*command, "--output", tmp_path / "apart.json"], check=True, capture_output=True)
     assert read_json(tmp_path / "apart.json") == read_json(tmp_path / "again.json")
 
@@ -287,7 +288,7 @@ def spy_on(option, monkeypatch):
         calls.append(arguments)
         return torch.utils.checkpoint.checkpoint(*arguments, **keywords)
 
-    monkeypatch.setattr("ssam.backbones.checkpoint", checkpoint)
+    monkeypatch.setattr("sam_medical.models.backbones.checkpoint", checkpoint)
     return lambda: len(calls) >= STEPS
 
 
@@ -305,9 +306,10 @@ def test_options_for_memory_and_speed_do_not_change_what_is_learned(option, run,
 
 
 KILLED_AT_STEP_5 = """
-import os, sys, train
-from ssam.progress import Progress
-from ssam.metrics import read_scores
+import os, sys
+from sam_medical.cli import train
+from sam_medical.training.progress import Progress
+from sam_medical.evaluation.metrics import read_scores
 add_step = Progress.add_step
 def die(progress, loss):
     add_step(progress, loss)
@@ -326,8 +328,7 @@ def test_a_killed_run_goes_on_from_its_last_validation_with_the_same_losses(meth
     run(train, **options)
     killed = {**options, "output_dir": tmp_path / "killed"}
     flags = [part for name, value in killed.items() for part in (f"--{name}", str(value))]
-    folder = os.path.dirname(train.__file__)
-    done = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *flags], cwd=folder, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *flags], cwd=SCRIPTS, capture_output=True)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "killed" / "checkpoint").exists()
     run(train, **killed, resume=True)
     histories = [read_json(tmp_path / name / "metrics.json")["history"] for name in ("run", "killed")]
@@ -379,7 +380,9 @@ def test_a_method_that_needs_an_expert_does_not_predict_by_itself(run, options, 
 
 
 def test_a_loss_that_is_no_number_ends_the_run(run, options, monkeypatch, refused):
-    monkeypatch.setattr("ssam.losses.FocalDiceLoss.forward", lambda loss, logits, masks: logits.sum() * float("nan"))
+    monkeypatch.setattr(
+        "sam_medical.training.losses.FocalDiceLoss.forward", lambda loss, logits, masks: logits.sum() * float("nan")
+    )
     with refused(r"error: the loss of step 1 is nan; give a lower learning_rate than 0\.01"):
         run(train, **options)
 

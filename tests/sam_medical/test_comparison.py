@@ -11,20 +11,23 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import compare
-from ssam import comparison
-from ssam.comparison import Bench, last_line
-from ssam.comparison_plan import Cell
-from ssam.comparison_report import Row, comparison_table
-from ssam.errors import UserError
-from ssam.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
-from ssam.options import CompareOptions
+from sam_medical.cli import compare
+from sam_medical.common.errors import UserError
+from sam_medical.comparison import runner as comparison
+from sam_medical.comparison.plan import Cell
+from sam_medical.comparison.report import Row, comparison_table
+from sam_medical.comparison.runner import Bench, last_line
+from sam_medical.evaluation.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
+from sam_medical.options.options import CompareOptions
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 RATES = (0.0015, 0.005, 0.015)
 
@@ -232,7 +235,7 @@ def test_a_seed_counts_once_all_of_its_folds_are_done(fake_training, tmp_path):
 @pytest.fixture
 def compare_long(options):
     """Starts a comparison in a process of its own, whose first run would take long."""
-    command = [sys.executable, compare.__file__, "--methods", "s-sam", "--rate_factors", "1", "--steps", "10000"]
+    command = [sys.executable, SCRIPTS / "compare.py", "--methods", "s-sam", "--rate_factors", "1", "--steps", "10000"]
     command += [part for name, value in options.items() if name != "steps" for part in (f"--{name}", str(value))]
     started = []
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import compare
-from ssam.comparison import Bench
-from ssam.comparison_pack import HISTORY_FILE, REPORT_FILE, RUNS_FILE, SCORES_FILE, read_pack, write_pack
-from ssam.comparison_plan import Plan
-from ssam.comparison_report import write_report
-from ssam.errors import UserError
-from ssam.metrics import MaskScore, write_scores
-from ssam.options import CompareOptions
-from ssam.portable import portable_options, portable_text
+from sam_medical.cli import compare
+from sam_medical.common.errors import UserError
+from sam_medical.comparison.pack import HISTORY_FILE, REPORT_FILE, RUNS_FILE, SCORES_FILE, read_pack, write_pack
+from sam_medical.comparison.plan import Plan
+from sam_medical.comparison.portable import portable_options, portable_text
+from sam_medical.comparison.report import write_report
+from sam_medical.comparison.runner import Bench
+from sam_medical.evaluation.metrics import MaskScore, write_scores
+from sam_medical.options.options import CompareOptions
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 PACKED = [REPORT_FILE, RUNS_FILE, SCORES_FILE, HISTORY_FILE]
 WRITTEN = ["README.md", "table.csv", "trained_values.png", "curves.png"]
@@ -29,7 +31,7 @@ METHODS = ("s-sam", "lora", "zero-shot-point")
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Finished runs of three methods on two folds, in folders with this machine's paths in what they hold."""
-    monkeypatch.setattr("ssam.comparison.open_splits", lambda *_: None)
+    monkeypatch.setattr("sam_medical.comparison.runner.open_splits", lambda *_: None)
     options = CompareOptions(
         output_dir=str(tmp_path / "runs"),
         data_root=str(tmp_path / "images of patients"),
@@ -218,7 +220,7 @@ def test_report_goes_with_no_other_option(pack, run, refused):
 
 
 def test_the_published_reports_are_what_their_files_give(tmp_path):
-    for folder in (Path(compare.__file__).parent / "results").iterdir():
+    for folder in (SCRIPTS / "results").iterdir():
         write_report(read_pack(folder), tmp_path / folder.name)
         for name in ("README.md", "table.csv"):
             assert (tmp_path / folder.name / name).read_text() == (folder / name).read_text()

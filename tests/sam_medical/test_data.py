@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ssam.data import open_dataset
-from ssam.data.augmentation import AUGMENTATIONS
-from ssam.data.base import read_image
-from ssam.data.brain_mri import slices_of
-from ssam.data.loading import TrainingSampler, spread, thinned, training_loader
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data import open_dataset
+from sam_medical.data.augmentation import AUGMENTATIONS
+from sam_medical.data.base import read_image
+from sam_medical.data.brain_mri import slices_of
+from sam_medical.data.loading import TrainingSampler, spread, thinned, training_loader
 
 
 class TestBrainMri:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ssam import files
-from ssam.errors import UserError
-from ssam.files import (
+from sam_medical.common import files
+from sam_medical.common.errors import UserError
+from sam_medical.common.files import (
     discard,
     folder_in,
     put_in_place,
@@ -24,7 +24,7 @@ from ssam.files import (
     write_text,
 )
 
-FOLDER = Path(files.__file__).parents[1]
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 
 @contextmanager
@@ -83,9 +83,9 @@ def test_what_is_no_file_is_written_into(tmp_path):
     with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
         write_text(pipe, "through a pipe")
         assert reader.communicate()[0] == b"through a pipe" and pipe.is_fifo()
-    script = "from ssam.files import *; print('first'); write_text(Path('/dev/stdout'), 'then')"
+    script = "from sam_medical.common.files import *; print('first'); write_text(Path('/dev/stdout'), 'then')"
     with (tmp_path / "file").open("w") as file:
-        subprocess.run([sys.executable, "-c", script], cwd=FOLDER, stdout=file, check=True)
+        subprocess.run([sys.executable, "-c", script], cwd=SCRIPTS, stdout=file, check=True)
     assert (tmp_path / "file").read_text() == "first\nthen"
 
 
@@ -151,7 +151,7 @@ def test_killed_at_any_moment_one_of_two_folders_is_found(moment, tmp_path, monk
 
 HALF_DONE = """
 import os, sys
-from ssam.files import *
+from sam_medical.common.files import *
 with replacing_file(Path(sys.argv[1]) / "file") as file, unfinished_folder(Path(sys.argv[1])) as folder:
     file.write_text("half"), (folder / "file").write_text("half")
     {then}
@@ -161,7 +161,7 @@ with replacing_file(Path(sys.argv[1]) / "file") as file, unfinished_folder(Path(
 def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_makes_is_not(tmp_path):
     def start(then, **options):
         command = [sys.executable, "-c", HALF_DONE.format(then=then), tmp_path]
-        return subprocess.Popen(command, cwd=FOLDER, text=True, stdout=subprocess.PIPE, **options)
+        return subprocess.Popen(command, cwd=SCRIPTS, text=True, stdout=subprocess.PIPE, **options)
 
     start("os.kill(os.getpid(), 9)").wait()
     assert len(list(tmp_path.iterdir())) == 2

@@ -5,11 +5,11 @@ import pytest
 import test_real_files
 from test_real_files import SHIPPED, disk, open_own, save, save_nifti, say
 
-from ssam.data import Reading, settle_reading
-from ssam.data.decoding import Scan, decode
-from ssam.data.doubts import doubt_about
-from ssam.data.sources import find_sources
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data import Reading, settle_reading
+from sam_medical.data.decoding import Scan, decode
+from sam_medical.data.doubts import doubt_about
+from sam_medical.data.sources import find_sources
 
 dicom = test_real_files.TestDicom()
 DISK = disk()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradient_shares import Gradient, shares
+from medical_gradient_shares import Gradient, shares
 
 
 def test_a_gradient_along_the_singular_directions_is_all_s_sams():

@@ -5,12 +5,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ssam.data.decoding import decode
-from ssam.data.label_names import LabelNames
-from ssam.data.masks import mask_of_one_label, masks_by_value
-from ssam.data.reading import Reading, read_layer
-from ssam.data.sources import source_of_file
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data.decoding import decode
+from sam_medical.data.label_names import LabelNames
+from sam_medical.data.masks import mask_of_one_label, masks_by_value
+from sam_medical.data.reading import Reading, read_layer
+from sam_medical.data.sources import source_of_file
 
 y, x = np.mgrid[:48, :64]
 DISK = (y - 20) ** 2 + (x - 24) ** 2 < 100

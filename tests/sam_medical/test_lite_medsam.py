@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssam.backbones import load_backbone
-from ssam.model import PromptedSam
-from ssam.prompts import TextPrompts
+from sam_medical.models.backbones import load_backbone
+from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.models.prompts import TextPrompts
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from ssam import lock
-from ssam.errors import UserError
-from ssam.lock import command_in, only_command_in
+from sam_medical.common.errors import UserError
+from sam_medical.common.lock import command_in, only_command_in
 
-FOLDER = Path(lock.__file__).parents[1]
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
+
 HOLD = """
 import os, sys, time
 from multiprocessing import get_context
-from ssam.lock import *
+from sam_medical.common.lock import *
+
 with only_command_in(Path(sys.argv[1])):
     reader = get_context("fork").Process(target=time.sleep, args=(60,))  # as a DataLoader's worker
     reader.start()
@@ -31,7 +32,7 @@ with only_command_in(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     command = [sys.executable, "-c", HOLD, tmp_path / "run"]
-    with subprocess.Popen(command, cwd=FOLDER, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=SCRIPTS, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.reader = int(process.stdout.readline())
         yield process
         process.kill()
@@ -41,8 +42,8 @@ def holder(tmp_path):
 
 def take(folder):
     """In a process of its own."""
-    code = "import sys; from ssam.lock import *\nwith only_command_in(Path(sys.argv[1])): pass"
-    process = subprocess.run([sys.executable, "-c", code, folder], cwd=FOLDER, capture_output=True, text=True)
+    code = "import sys; from sam_medical.common.lock import *\nwith only_command_in(Path(sys.argv[1])): pass"
+    process = subprocess.run([sys.executable, "-c", code, folder], cwd=SCRIPTS, capture_output=True, text=True)
     return process.stderr.strip().splitlines()[-1:] if process.returncode else []
 
 

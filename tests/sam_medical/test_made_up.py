@@ -2,8 +2,8 @@
 
 import pytest
 
-import made_up
-from ssam.data import Reading, open_splits
+from sam_medical.cli import made_up
+from sam_medical.data import Reading, open_splits
 
 
 @pytest.mark.parametrize(

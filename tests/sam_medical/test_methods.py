@@ -8,15 +8,15 @@ import torch
 from peft import PeftModel
 from transformers import SamConfig, SamModel
 
-from ssam.adapter import build_model, load_adapter, model_card, save_adapter
-from ssam.backbones import backbone_from_sam, load_backbone
-from ssam.errors import UserError
-from ssam.inserted import decoder_with_masks, rows_of_queries_and_values
-from ssam.methods import METHODS
-from ssam.model import PromptedSam
-from ssam.prompts import TextPrompts
-from ssam.task import Task
-from ssam.tuning import count_trainable, kept_tensors, parameter_groups, tune
+from sam_medical.adapters.adapter import build_model, load_adapter, model_card, save_adapter
+from sam_medical.adapters.task import Task
+from sam_medical.common.errors import UserError
+from sam_medical.methods.insertions import decoder_with_masks, rows_of_queries_and_values
+from sam_medical.methods.table import METHODS
+from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups, tune
+from sam_medical.models.backbones import backbone_from_sam, load_backbone
+from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.models.prompts import TextPrompts
 
 LABELS = ("liver", "tumor", "kidney")
 TEXT = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))

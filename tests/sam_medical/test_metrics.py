@@ -5,10 +5,9 @@ import pytest
 import torch
 from monai.metrics import compute_dice
 
-from ssam.data import Sample
-from ssam.errors import UserError
-from ssam.losses import FocalDiceLoss, build_loss
-from ssam.metrics import (
+from sam_medical.common.errors import UserError
+from sam_medical.data import Sample
+from sam_medical.evaluation.metrics import (
     CRITERIA,
     TOLERANCE,
     MaskScore,
@@ -19,7 +18,8 @@ from ssam.metrics import (
     score_masks,
     write_scores,
 )
-from ssam.statistics import Case, compare, dice_by_case, holm, interval
+from sam_medical.evaluation.statistics import Case, compare, dice_by_case, holm, interval
+from sam_medical.training.losses import FocalDiceLoss, build_loss
 
 LABELS = ["liver", "tumor"]
 

@@ -6,11 +6,11 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import SamModel
 
-from ssam.backbones import checkpoint_blocks, load_backbone
-from ssam.data import Sample
-from ssam.data.loading import evaluation_loader
-from ssam.model import NO_MASK_LOGIT, PromptedSam
-from ssam.prompts import (
+from sam_medical.data import Sample
+from sam_medical.data.loading import evaluation_loader
+from sam_medical.models.backbones import checkpoint_blocks, load_backbone
+from sam_medical.models.prompted_sam import NO_MASK_LOGIT, PromptedSam
+from sam_medical.models.prompts import (
     BoxPrompts,
     ImagePrompts,
     PointPrompts,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ssam.errors import UserError
-from ssam.options import EvaluateOptions, TrainOptions, parse_options
+from sam_medical.common.errors import UserError
+from sam_medical.options.options import EvaluateOptions, TrainOptions, parse_options
 
 
 @pytest.fixture

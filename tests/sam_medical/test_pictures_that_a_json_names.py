@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_real_files import open_own, save, say
 
-from ssam.data.annotations import _draw
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data.annotations import _draw
 
 GREY = {"a": 40, "b": 200}
 

@@ -14,8 +14,8 @@ from PIL import Image
 from test_real_files import SHIPPED, TestDicom, as_codes, save, save_nifti, write_enhanced_ct
 from torch import nn
 
-import predict
-from ssam.task import Task
+from sam_medical.adapters.task import Task
+from sam_medical.cli import predict
 
 
 class BrightPixels(nn.Module):

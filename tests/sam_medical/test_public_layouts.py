@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ssam.data import open_dataset, open_splits
-from ssam.data.abdominal_us import COLOURS
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data import open_dataset, open_splits
+from sam_medical.data.abdominal_us import COLOURS
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"

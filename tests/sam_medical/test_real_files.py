@@ -13,12 +13,12 @@ import tifffile
 from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter
 
-from ssam.data import Reading, open_dataset, settle_reading
-from ssam.data.decoding import decode
-from ssam.data.geometry import PLANES
-from ssam.data.intensity import settle
-from ssam.data.sources import find_sources, source_of_file
-from ssam.errors import UserError
+from sam_medical.common.errors import UserError
+from sam_medical.data import Reading, open_dataset, settle_reading
+from sam_medical.data.decoding import decode
+from sam_medical.data.geometry import PLANES
+from sam_medical.data.intensity import settle
+from sam_medical.data.sources import find_sources, source_of_file
 
 AUTO = Reading("auto")
 SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -210,7 +210,7 @@ class TestIntensities:
 
 
 def _read(path, number, reading=AUTO):
-    from ssam.data.reading import read_slice
+    from sam_medical.data.reading import read_slice
 
     return read_slice(source_of_file(path), number, reading)[..., 0]
 
@@ -340,7 +340,7 @@ class TestGeometry:
         scan = np.zeros((6, 5, 2), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
         scan["R"][1:3, 1:3] = 200
         save_nifti(tmp_path / "rgb.nii.gz", scan)
-        from ssam.data.reading import read_slice
+        from sam_medical.data.reading import read_slice
 
         picture = read_slice(source_of_file(tmp_path / "rgb.nii.gz"), 0, AUTO)
         assert picture.shape == (5, 6, 3)
@@ -634,12 +634,12 @@ class TestPictures:
         for compression in (None, "zlib"):
             path = tmp_path / f"{compression}.ome.tif"
             tifffile.imwrite(path, stack, metadata={"axes": "ZYX"}, compression=compression)
-            monkeypatch.setattr("ssam.data.decoding.MAPPED_FROM", 1000)
+            monkeypatch.setattr("sam_medical.data.decoding.MAPPED_FROM", 1000)
             values = decode(path).values
             assert isinstance(values, np.memmap) == (compression is None)
             np.testing.assert_array_equal(values, stack)
             assert source_of_file(path).name == str(compression)
-        monkeypatch.setattr("ssam.data.decoding.MOST_BYTES", 1000)
+        monkeypatch.setattr("sam_medical.data.decoding.MOST_BYTES", 1000)
         with pytest.raises(UserError, match=r"zlib\.ome\.tif holds 0\.0 GB, more than .*; cut it into smaller stacks"):
             decode(path)
 

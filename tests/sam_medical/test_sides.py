@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssam.data.sides import labels_with_a_side
+from sam_medical.data.sides import labels_with_a_side
 
 PAIRS = """
 levá ledvina | pravá ledvina

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-import train
-from ssam.signals import Interruption, Stopped, stopping_at_signals
+from sam_medical.common.signals import Interruption, Stopped, stopping_at_signals
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 STEPS = 10_000
 
@@ -35,7 +37,7 @@ def launch(glas_folder, tiny_sam_folder, tiny_clip_folder, tmp_path):
     def launch(*before, **changes):
         flags = [f"--{name}={value}" for name, value in {**options, **changes}.items()]
         with (tmp_path / "log").open("w") as log:
-            command = [*before, sys.executable, train.__file__, *flags]
+            command = [*before, sys.executable, SCRIPTS / "train.py", *flags]
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         started.append(process)
         while not re.search(rf"[1-9]\d*/{STEPS} \[", (tmp_path / "log").read_text()):
@@ -87,7 +89,7 @@ def test_a_second_ctrl_c_stops_at_once_if_it_is_another_wish(monkeypatch):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert interruption.number == signal.SIGTERM
-        monkeypatch.setattr("ssam.signals.SECONDS_OF_ONE_WISH", 0.0)
+        monkeypatch.setattr("sam_medical.common.signals.SECONDS_OF_ONE_WISH", 0.0)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)

@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssam.checkpoint import Checkpoints, check_states
-from ssam.errors import UserError
-from ssam.metrics import LabelScores
-from ssam.progress import Progress
-from ssam.state import Training, as_json
+from sam_medical.common.errors import UserError
+from sam_medical.evaluation.metrics import LabelScores
+from sam_medical.training.progress import Progress
+from sam_medical.training.run_state import Training, as_json
+from sam_medical.training.run_states import Checkpoints, check_states
 
 STEPS = 8
 RUN = {"steps": STEPS, "labels": ["gland"], "processes": 1, "learning_rate": 0.01}

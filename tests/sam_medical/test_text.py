@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
-from ssam.errors import UserError
-from ssam.text import encode_labels
+from sam_medical.common.errors import UserError
+from sam_medical.models.text import encode_labels
 
 
 def test_minilm_knows_which_labels_are_alike():

@@ -10,19 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_real_files import disk, save, save_nifti, say
 
-import evaluate
-import inspect_data
-import predict
-import train
-from ssam.data import open_dataset
-from ssam.data.augmentation import AUGMENTATIONS, build_augmentation
-from ssam.data.base import Sample
-from ssam.data.loading import Framing, evaluation_loader, training_loader
-from ssam.data.sides import labels_with_a_side
-from ssam.errors import UserError
-from ssam.report import draw_contact_sheet, draw_overlays
-from ssam.task import Task, read_task
-from ssam.text import check_distinct, encode_labels
+from sam_medical.adapters.task import Task, read_task
+from sam_medical.cli import evaluate, inspect_data, predict, train
+from sam_medical.common.errors import UserError
+from sam_medical.data import open_dataset
+from sam_medical.data.augmentation import AUGMENTATIONS, build_augmentation
+from sam_medical.data.base import Sample
+from sam_medical.data.loading import Framing, evaluation_loader, training_loader
+from sam_medical.data.sides import labels_with_a_side
+from sam_medical.evaluation.report import draw_contact_sheet, draw_overlays
+from sam_medical.models.text import check_distinct, encode_labels
 
 
 @pytest.fixture
@@ -242,8 +239,8 @@ class TestIntensity:
         assert task.reading.intensity == "legacy" and task.reading.plane == "stored"
         scan = np.random.default_rng(0).normal(0, 50, (6, 5, 4)).astype(np.float32)
         save_nifti(tmp_path / "a.nii.gz", scan, np.diag([-1.0, -1, 1, 1]))
-        from ssam.data.folder import Slices
-        from ssam.data.sources import source_of_file
+        from sam_medical.data.folder import Slices
+        from sam_medical.data.sources import source_of_file
 
         picture = Slices(source_of_file(tmp_path / "a.nii.gz"), task.reading)[2].image
         plane = scan[:, :, 2].T[::-1]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-import evaluate
-import train
-from ssam.errors import UserError
-from ssam.runtime import check_processes
+from sam_medical.cli import evaluate, train
+from sam_medical.common.errors import UserError
+from sam_medical.training.process import check_processes
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 STEPS = 40
 LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
@@ -53,7 +55,7 @@ def launch(tmp_path):
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", *LAUNCHER, train.__file__, *flags(options)],
+                [sys.executable, "-m", *LAUNCHER, SCRIPTS / "train.py", *flags(options)],
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,

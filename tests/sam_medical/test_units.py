@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ssam.data.decoding import decode
-from ssam.data.reading import check_grid, probe
-from ssam.data.sources import source_of_file
-from ssam.writing import write_mask
+from sam_medical.data.decoding import decode
+from sam_medical.data.reading import check_grid, probe
+from sam_medical.data.sources import source_of_file
+from sam_medical.evaluation.mask_files import write_mask
 
 UNITS = {"micron": 1000.0, "mm": 1.0, "meter": 0.001, "unknown": 1.0}
 

@@ -27,8 +27,8 @@ from transformers import (
     SamVisionConfig,
 )
 
-import train
-from ssam.progress import Progress
+from sam_medical.cli import train
+from sam_medical.training.progress import Progress
 
 STEPS = 12
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sam_medical.adapters.task import read_task
 from soak.example_run import make_options, result_of, run_in_a_child, same
 from soak.outcome import Outcome, until
-from ssam.task import read_task
 
 # Kills of one run before it is left to end.
 MOST_KILLS = 4

@@ -1,0 +1,219 @@
+"""What an adapter is for, and the file that says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sam_medical.common.errors import UserError
+from sam_medical.common.files import whole_folder, write_json
+from sam_medical.common.values import LARGEST_IMAGE, LONGEST_TEXT, is_whole, shortened
+from sam_medical.data.base import require_label_names
+from sam_medical.data.geometry import PLANES, STORED
+from sam_medical.data.intensity import FORMS, LEGACY, is_intensity
+from sam_medical.data.loading import FITS, LEAST_TILE, Framing
+from sam_medical.data.offset import AUTO as AUTO_OFFSET
+from sam_medical.data.offset import BY_IMAGE, is_offset
+from sam_medical.data.offset import FORMS as OFFSETS
+from sam_medical.data.reading import Reading
+from sam_medical.methods.table import METHODS
+from sam_medical.models.prompts import PROMPTS
+from sam_medical.training.run_state import read_json
+
+TASK_FILE = "task.json"
+CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+PLAIN_WEIGHTS_FILE = "trained.safetensors"
+TEXT_FILE = "text_embeddings.safetensors"
+ADVICE = "give the folder that train.py wrote, RUN/adapter"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an adapter is for.
+
+    Attributes:
+        dataset: The dataset it was trained on, by its name in `sam_medical.data.DATASETS`.
+        labels: Names of the labels, in the order of the model's masks.
+        backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
+        backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
+        method: How it was tuned, by its name in `sam_medical.methods.table.METHODS`.
+        target_modules: Expression of the layers that were tuned; None for the backbone's own.
+        intensity, offset, plane: How images are read; see `sam_medical.data.reading.Reading`. The defaults are
+            those of adapters from before there was a choice.
+        fit, tile: How images become the model's square; see `sam_medical.data.loading.Framing`.
+        prompt: "text", or "learned" for a token a label in place of its name's embedding.
+        absent: Labels that no training image had, which are kept out of means.
+    """
+
+    dataset: str
+    labels: tuple[str, ...]
+    backbone: str
+    image_size: int
+    text_encoder: str
+    backbone_digest: str = ""
+    method: str = "s-sam"
+    target_modules: str | None = None
+    intensity: str = LEGACY
+    offset: str = BY_IMAGE
+    plane: str = STORED
+    fit: str = "stretch"
+    tile: int | None = None
+    prompt: str = "text"
+    absent: tuple[str, ...] = ()
+
+    @property
+    def uses_text(self) -> bool:
+        return METHODS[self.method].needs_text and self.prompt == "text"
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.plane, offset=self.offset)
+
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.image_size, self.fit, self.tile)
+
+
+def weights_file_of(task: Task) -> str:
+    return PEFT_WEIGHTS_FILE if METHODS[task.method].adapter else PLAIN_WEIGHTS_FILE
+
+
+def files_of(task: Task) -> list[str]:
+    """What an adapter's folder holds beside the task, and is worth nothing without."""
+    method = METHODS[task.method]
+    names = [weights_file_of(task)]
+    names += [CONFIG_FILE] if method.adapter else []
+    return names + ([TEXT_FILE] if task.uses_text else [])
+
+
+def write_task(task: Task, folder: Path) -> None:
+    """Writes the task with a digest of each other file and of itself; last of all, since it speaks of the others."""
+    content = {**asdict(task), "files": {name: _digest(folder / name) for name in files_of(task)}}
+    write_json(folder / TASK_FILE, {**content, "digest": _digest_of(content)})
+
+
+def read_task(folder: Path) -> Task:
+    """The task of an adapter, whose files are those that it was written with.
+
+    One from before there were digests has none, and is only checked as far as that goes.
+
+    Raises:
+        UserError: if a file is missing or another one, or a value is not what it can be.
+    """
+    folder = whole_folder(folder)
+    path = folder / TASK_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {TASK_FILE}; {ADVICE}.")
+    content = read_object(path)
+    has_digests = "files" in content or "digest" in content
+    if has_digests and content.pop("digest", None) != _digest_of(content):
+        raise UserError(f"{path} is damaged: it is not what was written; fetch the whole folder again.")
+    files = content.pop("files", {})
+    task = _checked(content, path)
+    for name in files_of(task):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; {ADVICE}.")
+        if has_digests and (not isinstance(files, dict) or files.get(name) != _digest(folder / name)):
+            raise UserError(
+                f"{folder / name} is damaged or another adapter's: it is not what {TASK_FILE} was written with; fetch "
+                "the whole folder again."
+            )
+    return task
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of an adapter's folder that holds a JSON object.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    try:
+        content = read_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON; {ADVICE}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be JSON with keys and values; {ADVICE}.")
+    return content
+
+
+def _checked(content: dict[str, Any], path: Path) -> Task:
+    """The task in a file, of which every value has been looked at.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    needed = {"dataset", "labels", "backbone", "image_size", "text_encoder"}
+    for key in sorted(needed - content.keys()):
+        raise UserError(f"{path} lacks the key {key!r}; {ADVICE}.")
+    for key in sorted(content.keys() - RULES.keys()):
+        raise UserError(f"{path} has the unknown key {key!r}; {ADVICE}.")
+    for key, value in content.items():
+        holds, rule = RULES[key]
+        if not holds(value):
+            raise UserError(f"{path}: {key} is {shortened(value)}, but it must be {rule}; {ADVICE}.")
+    require_label_names(content["labels"], path)
+    absent = content.get("absent", [])
+    if not set(absent) <= set(content["labels"]):
+        raise UserError(f"{path}: absent is {shortened(absent)}, but it must be some of the labels; {ADVICE}.")
+    return Task(**{**content, "labels": tuple(content["labels"]), "absent": tuple(absent)})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_TEXT and value.isprintable()
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) in (0, 16) and set(value) <= set("0123456789abcdef")
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dataset": (_is_text, "a dataset's name"),
+    "labels": (_are_texts, "a list of names"),
+    "backbone": (_is_text, "a name or path"),
+    "image_size": (
+        lambda value: is_whole(value) and 1 <= value <= LARGEST_IMAGE,
+        f"a whole number from 1 to {LARGEST_IMAGE}",
+    ),
+    "text_encoder": (_is_text, "a name or path"),
+    "backbone_digest": (_is_digest, "sixteen hexadecimal digits"),
+    "method": (lambda value: isinstance(value, str) and value in METHODS, f"one of {', '.join(METHODS)}"),
+    "target_modules": (lambda value: value is None or _is_text(value), "a regular expression or null"),
+    "intensity": (lambda value: _is_text(value) and is_intensity(value), FORMS),
+    "offset": (lambda value: _is_text(value) and is_offset(value) and value != AUTO_OFFSET, OFFSETS),
+    "plane": (lambda value: value in (*PLANES, STORED), f"one of {', '.join((*PLANES, STORED))}"),
+    "fit": (lambda value: value in FITS, f"one of {', '.join(FITS)}"),
+    "tile": (
+        lambda value: value is None or (is_whole(value) and LEAST_TILE <= value <= LARGEST_IMAGE),
+        f"null, or a whole number from {LEAST_TILE} to {LARGEST_IMAGE}",
+    ),
+    "prompt": (lambda value: value in PROMPTS, f"one of {', '.join(PROMPTS)}"),
+    "absent": (
+        lambda value: isinstance(value, list) and all(isinstance(label, str) for label in value),
+        "a list of names",
+    ),
+}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    """Of all values and the order of the labels; not of the order of the keys."""
+    try:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except (TypeError, ValueError, RecursionError):
+        return ""

@@ -1,0 +1,39 @@
+"""All methods' masks side by side, on some of the test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sam_medical.adapters.adapter import load_adapter
+from sam_medical.comparison.results import Results
+from sam_medical.comparison.runner import Bench
+from sam_medical.data import open_dataset, settle_reading
+from sam_medical.data.loading import evaluation_loader, spread
+from sam_medical.evaluation.prediction import predict_masks
+from sam_medical.evaluation.report import draw_grid
+from sam_medical.methods.table import METHODS
+
+
+def draw_masks(bench: Bench, results: Results, path: Path) -> None:
+    """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed.
+
+    Images and adapters are needed for it, so it is drawn where the runs are.
+    """
+    options = bench.options
+    seeds = {method: results.done_seeds(method) for method in options.method_names}
+    first = {method: next(iter(cells.values()))[0] for method, cells in seeds.items() if cells}
+    if not first:
+        return
+    name, root, labels = bench.plan.dataset_of(1), options.data_root, options.labels
+    reading = settle_reading(open_dataset(name, root, "train", labels, options.reading))
+    dataset = open_dataset(name, root, "test", labels, reading)
+    samples = spread(dataset, options.examples)
+    columns = {"truth": [sample.masks for sample in samples]}
+    for method, cell in first.items():
+        adapter = bench.folder_of(cell) / "adapter"
+        if not adapter.is_dir():  # kept elsewhere, because of its size
+            continue
+        model, task = load_adapter(adapter, options.backbone)
+        loader = evaluation_loader(samples, task.framing, batch_size=1)
+        columns[METHODS[method].title] = [masks for _, masks in predict_masks(model, loader)]
+    draw_grid(samples, columns, list(dataset.labels), path)

@@ -1,0 +1,46 @@
+"""What is published without the places of the machine that made it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import replace
+from pathlib import Path, PurePath, PureWindowsPath
+
+from sam_medical.options.options import CompareOptions
+
+DATA, RUNS, HOME, HOST = "DATA", "RUNS", "HOME", "HOST"
+# What says where and how a comparison was run, and not what it compares.
+OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "resume", "overwrite")
+_IN_A_PATH = r"[^\s'\"`:;,()\[\]]"
+# From a root or a drive through at least one folder; the last name is kept. The slashes of an address are not meant.
+_ABSOLUTE = re.compile(rf"(?<![\w./:~-])(?:[A-Za-z]:)?[\\/](?:{_IN_A_PATH}*[\\/])+({_IN_A_PATH}*)")
+
+
+def portable_options(options: CompareOptions) -> CompareOptions:
+    """The options with names in place of folders, and defaults where they only say where to run."""
+    return replace(
+        options,
+        data_root=None if options.data_root is None else DATA,
+        backbone=_name_of(options.backbone),
+        text_encoder=_name_of(options.text_encoder),
+        **{name: getattr(type(options), name) for name in OPTIONS_OF_A_MACHINE},
+    )
+
+
+def portable_text(text: str, options: CompareOptions) -> str:
+    """A message with names in place of folders: what is below the data stays, of other paths the last name."""
+    places = {Path.home(): HOME, Path(options.output_dir): RUNS}
+    if options.data_root is not None:
+        places[Path(options.data_root)] = DATA
+    spellings = {str(path): name for place, name in places.items() for path in (place.absolute(), place.resolve())}
+    for folder in sorted(spellings, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(folder)}(?![\w.-])", spellings[folder], text)
+    text = _ABSOLUTE.sub(lambda match: match[1] or "FOLDER", text)
+    return re.sub(rf"(?<![\w-]){re.escape(socket.gethostname())}(?![\w-])", HOST, text)
+
+
+def _name_of(base: str) -> str:
+    """A hub's name as it is; of a file or folder of this machine its own name."""
+    is_here = any(kind(base).is_absolute() for kind in (PurePath, PureWindowsPath)) or ".." in PurePath(base).parts
+    return PurePath(base.replace("\\", "/")).name if is_here else base

@@ -1,0 +1,264 @@
+"""The report of a comparison: its table, trained values against Dice, and curves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from adjustText import adjust_text
+
+from sam_medical.common.files import write_text
+from sam_medical.comparison.plan import Cell, Plan
+from sam_medical.comparison.results import Results
+from sam_medical.evaluation.metrics import LabelScores, MaskScore, mean_dice, mean_scores, score_labels
+from sam_medical.evaluation.report import (
+    COLUMNS_BESIDE_DICE,
+    cells_beside_dice,
+    format_difference,
+    format_interval,
+    markdown_table,
+    save_figure,
+    write_table,
+)
+from sam_medical.evaluation.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
+from sam_medical.methods.table import METHODS
+from sam_medical.options.options import CompareOptions, changed_options, flags_of
+
+FIRST = "the first"
+STEPS_OF_NAMES = 100
+PRESENT_DIFFERENCE = f"present less {FIRST}'s"
+COLUMNS = (
+    "method",
+    "expert's hints",
+    "trained values",
+    "Dice",
+    "least - most of seeds",
+    "95 % interval",
+    *COLUMNS_BESIDE_DICE,
+    f"Dice less {FIRST}'s",
+    "p (Holm)",
+    PRESENT_DIFFERENCE,
+    "learning rate",
+    "seconds a run",
+    "peak memory, GB",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's results over its seeds and folds.
+
+    Attributes:
+        method: Its name in `METHODS`.
+        cells: Its finished runs.
+        dice_of_seeds: The paper's average, of each seed over all folds.
+        scores: Of every run, image and label.
+        labels: The average of all labels' scores, over seeds.
+        by_label: Each label's Dice, over seeds.
+        trained: How many values learn.
+        seconds, memory: Medians over runs; bytes.
+    """
+
+    method: str
+    cells: list[Cell]
+    dice_of_seeds: list[float]
+    scores: list[MaskScore]
+    labels: LabelScores
+    by_label: dict[str, float]
+    trained: int
+    seconds: float
+    memory: float | None
+
+    @property
+    def dice(self) -> float:
+        return float(np.mean(self.dice_of_seeds))
+
+
+def write_report(results: Results, folder: Path) -> str:
+    """Writes all of it into the folder, and returns the table for the terminal."""
+    rows = [row for method in results.options.method_names if (row := _row(results, method)) is not None]
+    if not rows:
+        text = "No method has finished a seed.\n" + _failures(results)
+        write_text(folder / "README.md", text)
+        return text
+    columns, table = comparison_table(results.plan, rows)
+    write_table(columns, table, folder / "table.csv")
+    write_text(folder / "README.md", _text(results, rows, markdown_table(columns, table)))
+    _draw_trained_values(rows, folder / "trained_values.png")
+    _draw_curves(results, rows, folder / "curves.png")
+    return markdown_table(columns, table)
+
+
+def _row(results: Results, method: str) -> Row | None:
+    seeds = results.done_seeds(method)
+    if not seeds:
+        return None
+    cells = [cell for of_seed in seeds.values() for cell in of_seed]
+    runs = [results.runs[cell] for cell in cells]
+    memory = [run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None]
+    of_seeds = [score_labels(results.scores(of_seed), results.labels) for of_seed in seeds.values()]
+    means = {str(seed): mean_scores(scores) for seed, scores in zip(seeds, of_seeds, strict=True)}
+    return Row(
+        method=method,
+        cells=cells,
+        dice_of_seeds=[mean_dice(scores) for scores in of_seeds],
+        scores=results.scores(cells),
+        labels=mean_scores(means),
+        by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in results.labels},
+        trained=runs[0].trainable_parameters if METHODS[method].learns else 0,
+        seconds=float(np.median([run.seconds for run in runs])),
+        memory=float(np.median(memory)) if len(memory) == len(runs) else None,
+    )
+
+
+def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
+    """Every method with the first, image by image, its seeds averaged; p values adjusted for their number."""
+    found = {row.method: compare(row.scores, rows[0].scores) for row in rows[1:]}
+    adjusted = holm([comparison.p_value for comparison in found.values()])
+    return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
+
+
+def comparison_table(plan: Plan, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; where every image has every label, without the column that would repeat another."""
+    comparisons = _comparisons(rows)
+    first = METHODS[rows[0].method].title
+    columns = [column.replace(FIRST, first) for column in COLUMNS]
+    table = [_cells(plan, row, rows[0], comparisons.get(row.method)) for row in rows]
+    if all(score.true for score in rows[0].scores):
+        repeated = COLUMNS.index(PRESENT_DIFFERENCE)
+        for line in (columns, *table):
+            del line[repeated]
+    return columns, table
+
+
+def _cells(plan: Plan, row: Row, first: Row, comparison: Comparison | None) -> list[str]:
+    method = METHODS[row.method]
+    return [
+        method.title,
+        method.prompts if method.needs_expert else "",
+        f"{row.trained:,}",
+        f"{row.dice:.3f}",
+        f"{min(row.dice_of_seeds):.3f} - {max(row.dice_of_seeds):.3f} ({len(row.dice_of_seeds)})",
+        format_interval(interval(dice_by_case(row.scores).values())),
+        *cells_beside_dice(row.labels, ".3f"),
+        "" if comparison is None else format_difference(comparison),
+        "" if comparison is None else f"{comparison.p_value:.2g}",
+        "" if comparison is None else format_difference(compare(_present(row.scores), _present(first.scores))),
+        ", ".join(dict.fromkeys(map(plan.describe_rate, row.cells))) if method.learns else "",
+        f"{row.seconds:.0f}",
+        "-" if row.memory is None else f"{row.memory / 1e9:.1f}",
+    ]
+
+
+def _present(scores: Sequence[MaskScore]) -> list[MaskScore]:
+    return [score for score in scores if score.true]
+
+
+def _text(results: Results, rows: Sequence[Row], table: str) -> str:
+    options, first = results.options, rows[0].cells[0]
+    cases = len(dice_by_case(rows[0].scores))
+    least_p = 2 / min(RESAMPLES + 1, 2**cases) * max(1, len(rows) - 1)
+    environment = ", ".join(f"{name} {value}" for name, value in results.runs[first].environment.items())
+    images = results.images.get(first.fold, {})
+    splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in images.items())
+    parts = [
+        f"# Methods compared on {options.dataset}",
+        f"`compare.py` has written this file. Every method: {options.steps} steps of "
+        f"{options.batch_size * options.gradient_accumulation_steps} images at {options.image_size} pixels, "
+        f"{options.augmentation} augmentation, backbone `{options.backbone}`, text encoder "
+        f"`{options.text_encoder}`; the learning rate chosen on validation out of {options.rate_factors} times the "
+        f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by the "
+        f"`{options.choose_by}` of the validation images.",
+        _command(options),
+        table,
+        "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds"
+        f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are over "
+        f"{cases} cases (patients, volumes or videos where the dataset "
+        "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
+        f"Holm's correction, which can give no less than {min(1, least_p):.2g}. HD95 in pixels of the images' own "
+        f"size; surface Dice within 1 % of the diagonal.{_hints(rows)}",
+        *_departures(rows),
+        "![trained values against Dice](trained_values.png)",
+        "![validation Dice](curves.png)",
+    ]
+    if len(rows[0].by_label) > 1:
+        parts += ["Dice of each label:", _label_table(rows)]
+    parts += [f"Images: {splits}, of the first run. {environment}."]
+    return "\n\n".join(parts) + "\n" + _failures(results)
+
+
+def _command(options: CompareOptions) -> str:
+    """The command that makes this report elsewhere."""
+    return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(changed_options(options)))
+
+
+def _dice_of_blanks(scores: LabelScores) -> str:
+    """What the paper's Dice gives for nothing, where labels are absent from some images."""
+    absent = 1 - scores.images_present / scores.images
+    return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
+
+
+def _hints(rows: Sequence[Row]) -> str:
+    if not any(METHODS[row.method].needs_expert for row in rows):
+        return ""
+    return " Methods with hints are told, in every image, which labels are there, and where."
+
+
+def _departures(rows: Sequence[Row]) -> list[str]:
+    """What is otherwise than in the methods' papers, as a list; nothing if nothing is."""
+    methods = [METHODS[row.method] for row in rows]
+    lines = [f"- {method.title}: {method.departs}." for method in methods if method.departs]
+    return ["Otherwise than in their papers:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _label_table(rows: Sequence[Row]) -> str:
+    labels = list(rows[0].by_label)
+    lines = [[METHODS[row.method].title, *(f"{row.by_label[label]:.3f}" for label in labels)] for row in rows]
+    return markdown_table(["method", *labels], lines)
+
+
+def _failures(results: Results) -> str:
+    if not results.failures:
+        return ""
+    lines = [f"- `{name}`: {reason}" for name, reason in results.failures.items()]
+    return "\nRuns that have failed:\n\n" + "\n".join(lines) + "\n"
+
+
+def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
+    """The paper's Figure 4: how much is trained, and what it brings."""
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    names = []
+    for index, row in enumerate(rows):
+        method = METHODS[row.method]
+        colour = "tab:red" if method.network else "tab:gray" if method.needs_expert else "tab:blue"
+        colour = "tab:green" if index == 0 else colour
+        lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
+        errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them
+        axes.errorbar(row.trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
+        names.append(axes.text(row.trained, row.dice, method.title, fontsize=8))
+    axes.set_xscale("symlog", linthresh=1e4)
+    axes.margins(x=0.1)
+    axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
+    axes.grid(alpha=0.3)
+    # So many steps, and not one second, so that the same results give the same picture.
+    adjust_text(names, ax=axes, expand=(1.2, 1.6), iter_lim=STEPS_OF_NAMES)
+    save_figure(figure, path, dpi=120)
+
+
+def _draw_curves(results: Results, rows: Sequence[Row], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for index, row in enumerate(rows):
+        histories = [results.runs[cell].validations for cell in row.cells]
+        if METHODS[row.method].learns:
+            steps = [step for step, _ in histories[0]]
+            dice = np.mean([[value for _, value in history] for history in histories], axis=0)
+            style = ("-", "--", ":")[index // 10 % 3]
+            axes.plot(steps, dice, style, color=f"C{index % 10}", label=METHODS[row.method].title)
+    axes.set(xlabel="step", ylabel=f"{results.options.choose_by} of the validation images, mean of all runs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    save_figure(figure, path, dpi=120)

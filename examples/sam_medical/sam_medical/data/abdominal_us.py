@@ -1,0 +1,153 @@
+"""Abdominal ultrasound, simulated and real, 8 labels, in the public layout.
+
+``abdominal_US/abdominal_US/{AUS,RUS}/{images,annotations}/{train,test}/``: AUS is simulated, RUS real. Masks are
+pictures in colours with smooth edges. The paper trains on simulations of twelve patients and tests on real images;
+`RealUltrasound` trains and tests on the real ones, in five folds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from sam_medical.common.errors import UserError
+from sam_medical.data.base import (
+    Sample,
+    SegmentationDataset,
+    check_same_size,
+    images_by_stem,
+    read_colours,
+    read_image,
+    require_folder,
+)
+from sam_medical.data.reading import Reading
+
+COLOURS = {
+    "liver": (100, 0, 100),
+    "kidney": (255, 255, 0),
+    "pancreas": (0, 0, 255),
+    "vessels": (255, 0, 0),
+    "adrenals": (0, 255, 255),
+    "gallbladder": (0, 255, 0),
+    "bones": (255, 255, 255),
+    "spleen": (255, 0, 255),
+}
+BACKGROUNDS = ((0, 0, 0), (10, 10, 10), (10, 0, 10))
+# Smooth edges between two colours come near a third one; what is that small is no organ.
+SPECK_PIXELS = 30
+SIMULATED = {"train": range(1, 13), "validation": range(13, 16)}
+PATIENT = re.compile(r"ct(\d+)", re.IGNORECASE)
+FOLDER = "abdominal_US"
+FOLDS = 5
+
+
+class Ultrasound(SegmentationDataset):
+    """Trained on simulated images, tested on real ones, as in the paper."""
+
+    splits: tuple[str, ...] = ("train", "validation", "test")  # type: ignore[misc]
+    labels = tuple(COLOURS)
+
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, split, reading)
+        folder = _inner_folder(require_folder(root, "abdominal-us", FOLDER))
+        if split == "test":
+            pairs = _pairs(folder / "RUS", "test")
+        else:
+            pairs = [
+                (image, mask)
+                for image, mask in _pairs(folder / "AUS", "train")
+                if (match := PATIENT.match(image.stem)) and int(match[1]) in SIMULATED[split]
+            ]
+            if not pairs:
+                first, last = SIMULATED[split][0], SIMULATED[split][-1]
+                raise UserError(
+                    f"{folder / 'AUS'} holds no images/train of the split {split}, ct{first}-... to ct{last}-....jpg."
+                )
+        self.images, self.masks = map(list, zip(*pairs, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Sample:
+        image, masks = read_image(self.images[index], self.reading), masks_in_colours(self.masks[index])
+        check_same_size(image, masks[0], self.masks[index])
+        return Sample(self.images[index].stem, image, masks)
+
+
+class RealUltrasound(Ultrasound):
+    """The real images alone in five folds: one for the test, the next for validation, three to train.
+
+    A fold is a run of neighbours by name, since frames that follow one another show nearly the same."""
+
+    fold = 0
+
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+        super().__init__(root, "test", reading)
+        self.split = split
+        held_out = {"test": self.fold, "validation": (self.fold + 1) % FOLDS}
+        count = len(self.images)
+        fold_of = [index * FOLDS // count for index in range(count)]
+        chosen = [
+            index
+            for index, fold in enumerate(fold_of)
+            if fold == held_out.get(split) or (split == "train" and fold not in held_out.values())
+        ]
+        self.images = [self.images[index] for index in chosen]
+        self.masks = [self.masks[index] for index in chosen]
+
+
+def real_ultrasound_fold(fold: int) -> type[SegmentationDataset]:
+    """The dataset whose test images are those of that fold, 1 to 5."""
+    return type(f"RealUltrasound{fold}", (RealUltrasound,), {"fold": fold - 1})
+
+
+def masks_in_colours(path: Path) -> np.ndarray:
+    """A mask in colours as one bool mask a label, (K, H, W): the nearest colour's, without specks."""
+    pixels = read_colours(path).astype(np.int32)
+    palette = np.array([*BACKGROUNDS, *COLOURS.values()], dtype=np.int32)
+    # A colour as one number, since numpy sorts numbers a hundred times faster than rows.
+    numbers, where = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
+    colours = numbers[:, None] >> (16, 8, 0) & 255
+    nearest = ((colours[:, None] - palette) ** 2).sum(2).argmin(1)[where].reshape(pixels.shape[:2])
+    first = len(BACKGROUNDS)
+    return np.stack([_without_specks(nearest == first + label) for label in range(len(COLOURS))])
+
+
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return sizes[parts] > SPECK_PIXELS
+
+
+def _inner_folder(root: Path) -> Path:
+    """The folder that holds AUS and RUS, which the download has wrapped twice."""
+    for folder in (root / FOLDER / FOLDER, root / FOLDER, root):
+        if (folder / "RUS").is_dir() or (folder / "AUS").is_dir():
+            return folder
+    raise UserError(f"{root} holds neither AUS nor RUS; --data-root must be the folder that holds {FOLDER}.")
+
+
+def _pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
+    """Images with their masks, in the order of their names."""
+    folders = {kind: folder / kind / part for kind in ("images", "annotations")}
+    for path in folders.values():
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}; download the dataset again, or choose another split.")
+    images, masks = (images_by_stem(path) for path in folders.values())
+    for stem, image in images.items():
+        if stem not in masks:
+            raise UserError(
+                f"{image} has no mask {stem}.png in {folders['annotations']}; add it, or remove the image."
+            )
+    if not images:
+        raise UserError(f"{folders['images']} holds no images.")
+    return [(image, masks[stem]) for stem, image in sorted(images.items(), key=lambda item: _by_number(item[0]))]
+
+
+def _by_number(stem: str) -> list[tuple[int, str]]:
+    """So that a2 comes before a15."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", stem)]

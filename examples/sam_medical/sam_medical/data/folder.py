@@ -1,0 +1,53 @@
+"""Images and volumes of one's own, without masks, to predict on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sam_medical.common.errors import UserError
+from sam_medical.data.base import Sample
+from sam_medical.data.decoding import EXTENSIONS, is_dicom, suffix_of
+from sam_medical.data.reading import Reading, name_of, numbers_of, read_slice
+from sam_medical.data.sources import Source, find_sources, source_of_file
+
+
+def sources_to_segment(path: Path, skip: Sequence[Path] = ()) -> tuple[list[Source], list[Path]]:
+    """A file, or what is in a folder and its folders; and the files that are not images.
+
+    Args:
+        path: The file or folder.
+        skip: Folders to leave out, as that of the masks.
+
+    Raises:
+        UserError: if there is nothing to segment.
+    """
+    if path.is_file():
+        if not suffix_of(path.name) and not is_dicom(path):
+            raise UserError(f"{path} is no image; it may be {', '.join(EXTENSIONS)}, or DICOM without an ending.")
+        return [source_of_file(path)], []
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; --images must be a file or a folder of images.")
+    sources, unknown = find_sources(path, skip)
+    if not sources:
+        raise UserError(f"{path} holds no images; it may hold {', '.join(EXTENSIONS)}.")
+    return sources, unknown
+
+
+class Slices:
+    """The slices of one source, or the picture that it is; each is a `Sample` with no masks, (0, H, W)."""
+
+    def __init__(self, source: Source, reading: Reading) -> None:
+        self.source = source
+        self.reading = reading
+        self.numbers = numbers_of(source, reading.plane)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        number = self.numbers[index]
+        image = read_slice(self.source, number, self.reading)
+        return Sample(name_of(self.source, number), image, np.zeros((0, *image.shape[:2]), dtype=bool))

@@ -1,0 +1,79 @@
+"""A model's masks for a dataset, at the images' own sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sam_medical.data import Sample
+from sam_medical.data.loading import EvaluationBatch, Framing
+from sam_medical.evaluation.metrics import MaskScore, score_masks
+
+# Of neighbouring windows; where they overlap, each counts most at its middle.
+OVERLAP = 0.25
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, Tensor]]:
+    """Each sample with its mask logits (K, H, W) at the image's own size."""
+    model.eval()
+    device = next(model.parameters()).device
+    for batch in batches:
+        framing = batch["framing"]
+        if framing.tile:
+            for sample in batch["samples"]:
+                yield sample, _slide(model, sample, framing, device)
+            continue
+        mask_logits = model(batch["images"].to(device), batch["masks"].to(device)).float()
+        for sample, logits in zip(batch["samples"], mask_logits, strict=True):
+            height, width = sample.image.shape[:2]
+            yield sample, _resized(logits[None], framing.frame(height, width))[0, :, :height, :width]
+
+
+def predict_masks(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Each sample with its predicted masks, bool (K, H, W) at the image's own size."""
+    for sample, logits in predict_logits(model, batches):
+        yield sample, (logits > 0).cpu().numpy()
+
+
+def _slide(model: nn.Module, sample: Sample, framing: Framing, device: torch.device) -> Tensor:
+    """Mask logits (K, H, W) by a window that slides over the whole image."""
+    assert framing.tile
+    tile, side = (framing.tile, framing.tile), (framing.image_size, framing.image_size)
+
+    def predict(windows: Tensor) -> Tensor:
+        if tile != side:
+            windows = F.interpolate(windows, size=side, mode="bilinear", align_corners=False, antialias=True)
+        return _resized(model(windows, windows[:, :0]).float(), tile)
+
+    image = torch.from_numpy(sample.image.transpose(2, 0, 1).copy())[None].to(device)
+    return sliding_window_inference(image, tile, 4, predict, overlap=OVERLAP, mode="gaussian")[0]  # type: ignore[index]
+
+
+def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Iterable[EvaluationBatch],
+    labels: Sequence[str],
+    title: str,
+    distances: bool = False,
+) -> list[MaskScore]:
+    """The scores of every image and label; model and batches are what accelerate prepared, on every process."""
+    batches = tqdm(batches, desc=title, unit="batch", leave=False, disable=not accelerator.is_main_process)
+    scores: list[MaskScore] = []
+    for sample, predicted in predict_masks(model, batches):
+        scores += score_masks(sample, labels, predicted, distances)
+    # Some processes repeat images at the end, to have as many batches as the others.
+    return list({(score.image, score.label): score for score in gather_object(scores)}.values())

@@ -1,0 +1,159 @@
+"""The paper's networks without SAM, trained from nothing: images in, one mask a label out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import UNETR, BasicUNet
+from torch import Tensor, nn
+from transformers import MobileNetV2Config, MobileNetV2Model
+
+from sam_medical.models.backbones import ImagenetNormalization
+
+# What every network's halvings, and UNETR's patches, divide.
+STRIDE = 32
+
+
+class SegmentationNetwork(nn.Module):
+    """A network behind the same interface as `PromptedSam`: mask logits (B, K, S, S) from images (B, 3, S, S)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.pixels = ImagenetNormalization()
+        self.network = network
+
+    def forward(self, images: Tensor, true_masks: Tensor | None = None) -> Tensor:
+        size = images.shape[-2:]
+        inner_size = [rounded_up(side) for side in size]
+        inner = F.interpolate(self.pixels(images), size=inner_size, mode="bilinear", align_corners=False)
+        return F.interpolate(self.network(inner), size=size, mode="bilinear", align_corners=False)
+
+
+def convolution(channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
+    """With batch norm and ReLU, at the same resolution."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+class AtrousPyramid(nn.Module):
+    """DeepLab's atrous spatial pyramid pooling: views of several widths, and the whole image's mean."""
+
+    DILATIONS = (6, 12, 18)
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        views = [convolution(channels, out_channels, kernel=1)]
+        views += [convolution(channels, out_channels, dilation=dilation) for dilation in self.DILATIONS]
+        self.views = nn.ModuleList(views)
+        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), convolution(channels, out_channels, kernel=1))
+        self.mix = convolution((len(views) + 1) * out_channels, out_channels, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = [view(x) for view in self.views]
+        return self.mix(torch.cat([*views, self.whole(x).expand(-1, -1, *x.shape[-2:])], dim=1))
+
+
+class DeepLab(nn.Module):
+    """DeepLab v3+ (arXiv:1802.02611): atrous pyramid and decoder, on transformers' MobileNetV2 at stride 16.
+
+    transformers' own class of that name has neither the pyramid's dilations nor the decoder.
+    """
+
+    WIDTH, FINE_WIDTH = 256, 48
+    FINE_LAYER, FINE_CHANNELS, COARSE_CHANNELS = 1, 24, 320  # of MobileNetV2, at strides 4 and 16
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.encoder = MobileNetV2Model(MobileNetV2Config(output_stride=16), add_pooling_layer=False)
+        self.encoder.set_submodule("conv_1x1", nn.Identity())
+        for module in self.encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # transformers' 0.997 is TensorFlow's way to say 0.003
+        fine, coarse = self.FINE_CHANNELS, self.COARSE_CHANNELS
+        self.pyramid = AtrousPyramid(coarse, self.WIDTH)
+        self.project = convolution(fine, self.FINE_WIDTH, kernel=1)
+        self.decode = nn.Sequential(
+            convolution(self.WIDTH + self.FINE_WIDTH, self.WIDTH), convolution(self.WIDTH, self.WIDTH)
+        )
+        self.classify = nn.Conv2d(self.WIDTH, labels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = self.encoder(images, output_hidden_states=True).hidden_states
+        fine = self.project(levels[self.FINE_LAYER])
+        coarse = F.interpolate(self.pyramid(levels[-1]), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.classify(self.decode(torch.cat([coarse, fine], dim=1)))
+
+
+class SegNet(nn.Module):
+    """SegNet (arXiv:1511.00561): VGG16's convolutions, and their mirror image, which puts values back where the
+    pooling took them from. No library has it, so it stands here."""
+
+    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        channels = 3
+        for widths in self.STAGES:
+            self.encoder.append(self._stage(channels, widths))
+            channels = widths[-1]
+        narrower = [*(stage[-1] for stage in self.STAGES[:-1])][::-1]
+        for mirrored, out_channels in zip(self.STAGES[:0:-1], narrower, strict=True):
+            self.decoder.append(self._stage(mirrored[-1], (*mirrored[1:], out_channels)))
+        self.decoder.append(self._stage(64, (64,)))
+        self.classify = nn.Conv2d(64, labels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, pooled = images, []
+        for stage in self.encoder:
+            x = stage(x)
+            size = x.shape[-2:]
+            x, positions = F.max_pool2d(x, 2, return_indices=True)
+            pooled.append((positions, size))
+        for stage, (positions, size) in zip(self.decoder, reversed(pooled), strict=True):
+            x = stage(F.max_unpool2d(x, positions, [2, 2], output_size=size))
+        return self.classify(x)
+
+    @staticmethod
+    def _stage(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
+        pairs = zip((channels, *widths), widths, strict=False)
+        return nn.Sequential(*(convolution(before, after) for before, after in pairs))
+
+
+def _unet(labels: int, side: int) -> nn.Module:
+    return BasicUNet(spatial_dims=2, in_channels=3, out_channels=labels, features=(32, 64, 128, 256, 512, 32))
+
+
+def _unetr(labels: int, side: int) -> nn.Module:
+    network = UNETR(in_channels=3, out_channels=labels, img_size=(side, side), spatial_dims=2)
+    for name, module in network.named_modules():
+        if "cross_attn" in name:  # which MONAI's blocks have, and UNETR does not use
+            module.requires_grad_(False)
+    return network
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "u-net": _unet,
+    "unetr": _unetr,
+    "deeplab-v3-plus": lambda labels, side: DeepLab(labels),
+    "segnet": lambda labels, side: SegNet(labels),
+}
+
+
+def build_network(name: str, labels: int, image_size: int) -> SegmentationNetwork:
+    """A network of `NETWORKS`, with random weights by torch's seed, for a number of labels and images of that side."""
+    return SegmentationNetwork(NETWORKS[name](labels, rounded_up(image_size)))
+
+
+def rounded_up(side: int) -> int:
+    return STRIDE * -(-side // STRIDE)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())

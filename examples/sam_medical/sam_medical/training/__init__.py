@@ -1,0 +1,1 @@
+"""A training run: loop, losses, states on disk, progress and record."""

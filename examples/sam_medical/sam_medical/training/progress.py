@@ -1,0 +1,103 @@
+"""Where a run stands, and what it has seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sam_medical.common.values import is_number, is_whole
+from sam_medical.evaluation.metrics import LabelScores
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: Updates so far.
+        seconds: That it has run, all its parts together.
+        best_dice, best_step: Of the best validation; minus infinity before the first.
+        losses: Of every step.
+        validations: Of every validation the step and the Dice.
+        label_scores: Of every validation the scores by label.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best_dice: float = float("-inf")
+    best_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    label_scores: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+
+    def add_step(self, loss: float) -> None:
+        self.step += 1
+        self.losses.append(loss)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """Every step's loss; every validation's step and Dice, and its scores by label."""
+        return {"losses": self.losses, "validations": self.validations, "label_scores": self.label_scores}
+
+    def add_validation(self, dice: float, scores: Mapping[str, LabelScores]) -> bool:
+        """Notes a validation after the latest step; whether it was the best so far."""
+        self.validations.append((self.step, dice))
+        self.label_scores.append({label: asdict(score) for label, score in scores.items()})
+        if dice <= self.best_dice:
+            return False
+        self.best_dice, self.best_step = dice, self.step
+        return True
+
+    def as_json(self) -> dict[str, Any]:
+        """Without infinity, which JSON does not know."""
+        return {**asdict(self), "best_dice": self.best_dice if self.validations else None}
+
+    @classmethod
+    def from_json(cls, content: Any, labels: list[str]) -> Progress:
+        """What `as_json` gave.
+
+        Raises:
+            ValueError: if a key is missing or unknown, or a value is not of its type and range.
+        """
+        _require(isinstance(content, dict), "progress")
+        _require(content.keys() == {field.name for field in fields(cls)}, "keys of progress")
+        step, losses, validations = content["step"], content["losses"], content["validations"]
+        _require(is_whole(step) and step >= 1, "step")
+        _require(is_number(content["seconds"]) and content["seconds"] >= 0, "seconds")
+        _require(isinstance(losses, list) and len(losses) == step and all(map(is_number, losses)), "losses")
+        _require(isinstance(validations, list) and all(map(_is_validation, validations)), "validations")
+        _require(all(1 <= of_step <= step for of_step, _ in validations), "validations")
+        scores = content["label_scores"]
+        _require(isinstance(scores, list) and len(scores) == len(validations), "label_scores")
+        _require(all(_are_scores(of_labels, labels) for of_labels in scores), "label_scores")
+        _require(is_whole(content["best_step"]), "best_step")
+        # The first of equals, as `add_validation` has it.
+        best_step, best_dice = max(validations, key=lambda pair: pair[1], default=(0, None))
+        _require((content["best_dice"], content["best_step"]) == (best_dice, best_step), "best_dice or best_step")
+        pairs = [(of_step, dice) for of_step, dice in validations]
+        best = float("-inf") if best_dice is None else best_dice
+        return cls(**{**content, "validations": pairs, "best_dice": best})
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{what} cannot be")
+
+
+def _is_validation(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and is_whole(pair[0]) and is_number(pair[1])
+
+
+def _are_scores(of_labels: Any, labels: list[str]) -> bool:
+    names = {field.name for field in fields(LabelScores)}
+    return (
+        isinstance(of_labels, dict)
+        and list(of_labels) == labels
+        and all(isinstance(scores, dict) and scores.keys() == names for scores in of_labels.values())
+        and all(_is_score(name, value) for scores in of_labels.values() for name, value in scores.items())
+    )
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return type(value) is bool if name == "trained" else value is None or is_number(value)
