@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from sam_medical.adapters.adapter import build_model
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import one_line_errors
-from sam_medical.data import open_dataset
 from sam_medical.data.loading import training_loader
+from sam_medical.data.opening import open_dataset
 from sam_medical.evaluation.report import markdown_table
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.models.text import encode_labels
 from sam_medical.options.options import TrainOptions, option, parse_options, require
 from sam_medical.training.losses import build_loss

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from sam_medical.common.errors import UserError
-from sam_medical.data import open_dataset
 from sam_medical.data.augmentation import AUGMENTATIONS
 from sam_medical.data.base import read_image
 from sam_medical.data.brain_mri import slices_of
 from sam_medical.data.loading import TrainingSampler, spread, thinned, training_loader
+from sam_medical.data.opening import open_dataset
 
 
 class TestBrainMri:

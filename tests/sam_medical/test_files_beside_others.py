@@ -6,9 +6,10 @@ import test_real_files
 from test_real_files import SHIPPED, disk, open_own, save, save_nifti, say
 
 from sam_medical.common.errors import UserError
-from sam_medical.data import Reading, settle_reading
 from sam_medical.data.decoding import Scan, decode
 from sam_medical.data.doubts import doubt_about
+from sam_medical.data.opening import settle_reading
+from sam_medical.data.reading import Reading
 from sam_medical.data.sources import find_sources
 
 dicom = test_real_files.TestDicom()

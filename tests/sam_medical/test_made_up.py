@@ -3,7 +3,8 @@
 import pytest
 
 from sam_medical.cli import made_up
-from sam_medical.data import Reading, open_splits
+from sam_medical.data.opening import open_splits
+from sam_medical.data.reading import Reading
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from monai.metrics import compute_dice
 
 from sam_medical.common.errors import UserError
-from sam_medical.data import Sample
+from sam_medical.data.base import Sample
 from sam_medical.evaluation.metrics import (
     CRITERIA,
     TOLERANCE,

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import SamModel
 
-from sam_medical.data import Sample
+from sam_medical.data.base import Sample
 from sam_medical.data.loading import evaluation_loader
 from sam_medical.models.backbones import checkpoint_blocks, load_backbone
 from sam_medical.models.prompted_sam import NO_MASK_LOGIT, PromptedSam

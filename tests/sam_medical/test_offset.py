@@ -10,11 +10,11 @@ from test_training_on_real_files import notes, options  # noqa: F401 - a fixture
 from sam_medical.adapters.task import Task, read_task
 from sam_medical.cli import inspect_data, predict, train
 from sam_medical.common.errors import UserError
-from sam_medical.data import Reading, open_dataset, settle_reading
 from sam_medical.data.decoding import decode
 from sam_medical.data.doubts import doubt_about
 from sam_medical.data.offset import looks_like_1024, without_offset
-from sam_medical.data.reading import read_slice
+from sam_medical.data.opening import open_dataset, settle_reading
+from sam_medical.data.reading import Reading, read_slice
 from sam_medical.data.sources import source_of_file
 
 HALF, WRAPPED = (lambda hu: hu + 32768), (lambda hu: hu.astype(np.int16).view(np.uint16))

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sam_medical.common.errors import UserError
-from sam_medical.data import open_dataset, open_splits
 from sam_medical.data.abdominal_us import COLOURS
+from sam_medical.data.opening import open_dataset, open_splits
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"

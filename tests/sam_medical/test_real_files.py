@@ -14,10 +14,11 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, gaussian_filter
 
 from sam_medical.common.errors import UserError
-from sam_medical.data import Reading, open_dataset, settle_reading
 from sam_medical.data.decoding import decode
 from sam_medical.data.geometry import PLANES
 from sam_medical.data.intensity import settle
+from sam_medical.data.opening import open_dataset, settle_reading
+from sam_medical.data.reading import Reading
 from sam_medical.data.sources import find_sources, source_of_file
 
 AUTO = Reading("auto")

@@ -13,10 +13,10 @@ from test_real_files import disk, save, save_nifti, say
 from sam_medical.adapters.task import Task, read_task
 from sam_medical.cli import evaluate, inspect_data, predict, train
 from sam_medical.common.errors import UserError
-from sam_medical.data import open_dataset
 from sam_medical.data.augmentation import AUGMENTATIONS, build_augmentation
 from sam_medical.data.base import Sample
 from sam_medical.data.loading import Framing, evaluation_loader, training_loader
+from sam_medical.data.opening import open_dataset
 from sam_medical.data.sides import labels_with_a_side
 from sam_medical.evaluation.report import draw_contact_sheet, draw_overlays
 from sam_medical.models.text import check_distinct, encode_labels

@@ -28,7 +28,7 @@ from sam_medical.adapters.task import (
 from sam_medical.common.errors import UserError, first_line
 from sam_medical.common.files import naming, whole_folder, write_tensors
 from sam_medical.common.values import shortened
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.methods.tuning import check_target_modules, expected_config, kept_tensors, load_kept_tensors, tune
 from sam_medical.models.backbones import Backbone, load_backbone
 from sam_medical.models.networks import build_network

@@ -20,7 +20,7 @@ from sam_medical.data.offset import AUTO as AUTO_OFFSET
 from sam_medical.data.offset import BY_IMAGE, is_offset
 from sam_medical.data.offset import FORMS as OFFSETS
 from sam_medical.data.reading import Reading
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.models.prompts import PROMPTS
 from sam_medical.training.run_state import read_json
 
@@ -41,7 +41,7 @@ class Task:
         labels: Names of the labels, in the order of the model's masks.
         backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
         backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
-        method: How it was tuned, by its name in `sam_medical.methods.table.METHODS`.
+        method: How it was tuned, by its name in `sam_medical.methods.METHODS`.
         target_modules: Expression of the layers that were tuned; None for the backbone's own.
         intensity, offset, plane: How images are read; see `sam_medical.data.reading.Reading`. The defaults are
             those of adapters from before there was a choice.

@@ -20,8 +20,8 @@ from sam_medical.adapters.adapter import load_adapter
 from sam_medical.adapters.task import read_task
 from sam_medical.common.errors import UserError, one_line_errors
 from sam_medical.common.files import write_json, write_text
-from sam_medical.data import open_dataset
 from sam_medical.data.loading import evaluation_loader
+from sam_medical.data.opening import open_dataset
 from sam_medical.evaluation.metrics import MaskScore, read_scores, score_labels, write_scores
 from sam_medical.evaluation.prediction import evaluate, predict_masks
 from sam_medical.evaluation.report import (

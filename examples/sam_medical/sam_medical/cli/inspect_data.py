@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from sam_medical.common.errors import UserError, one_line_errors
 from sam_medical.common.files import replacing_file, write_json
-from sam_medical.data import DATASETS, SegmentationDataset, open_dataset, settle_reading
+from sam_medical.data import DATASETS
+from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.loading import thinned
+from sam_medical.data.opening import open_dataset, settle_reading
 from sam_medical.data.survey import Survey, describe_files, shared_images, warnings_of
 from sam_medical.evaluation.report import draw_contact_sheet, shrunk
 from sam_medical.options.options import InspectOptions, parse_options

@@ -40,7 +40,7 @@ from sam_medical.data.reading import image_scan_of, scan_of
 from sam_medical.data.sources import Source
 from sam_medical.evaluation.mask_files import as_stored, write_dicom_seg, write_mask, write_probabilities
 from sam_medical.evaluation.prediction import predict_logits
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.options.options import PredictOptions, parse_options
 from sam_medical.training.process import prepare_process
 

@@ -32,9 +32,11 @@ from sam_medical.common.errors import UserError, one_line_errors
 from sam_medical.common.files import folder_in, refuse_link, remove, restore, write_json
 from sam_medical.common.lock import only_command_in
 from sam_medical.common.signals import end_with_parent
-from sam_medical.data import Reading, SegmentationDataset, open_splits, settle_reading
+from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.loading import evaluation_loader, thinned
 from sam_medical.data.offset import NONE, in_words
+from sam_medical.data.opening import open_splits, settle_reading
+from sam_medical.data.reading import Reading
 from sam_medical.data.sides import labels_with_a_side
 from sam_medical.data.survey import Survey, warnings_of
 from sam_medical.evaluation.metrics import MaskScore, score_labels, write_scores

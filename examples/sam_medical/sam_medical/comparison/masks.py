@@ -7,11 +7,11 @@ from pathlib import Path
 from sam_medical.adapters.adapter import load_adapter
 from sam_medical.comparison.results import Results
 from sam_medical.comparison.runner import Bench
-from sam_medical.data import open_dataset, settle_reading
 from sam_medical.data.loading import evaluation_loader, spread
+from sam_medical.data.opening import open_dataset, settle_reading
 from sam_medical.evaluation.prediction import predict_masks
 from sam_medical.evaluation.report import draw_grid
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 
 
 def draw_masks(bench: Bench, results: Results, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.options.options import CompareOptions
 
 

@@ -25,7 +25,7 @@ from sam_medical.evaluation.report import (
     write_table,
 )
 from sam_medical.evaluation.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.options.options import CompareOptions, changed_options, flags_of
 
 FIRST = "the first"

@@ -24,7 +24,7 @@ from sam_medical.common.values import is_number
 from sam_medical.comparison.plan import Cell, Plan
 from sam_medical.comparison.portable import portable_options, portable_text
 from sam_medical.comparison.results import Results, RunResult, result_of
-from sam_medical.data import open_splits
+from sam_medical.data.opening import open_splits
 from sam_medical.evaluation.metrics import read_scores
 from sam_medical.options.options import CompareOptions, TrainOptions, flags_of
 from sam_medical.training.run_state import read_json

@@ -1,119 +1,24 @@
-"""Datasets as users have them on disk: one module a dataset, one small interface for all."""
+"""Datasets as users have them on disk: one module per dataset, one small interface for all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from sam_medical.common.registry import Registry
 
-from sam_medical.common.errors import UserError, first_line
-from sam_medical.data.abdominal_us import FOLDS, Ultrasound, real_ultrasound_fold
-from sam_medical.data.base import Sample, SegmentationDataset
-from sam_medical.data.brain_mri import BrainMri
-from sam_medical.data.chestxdet import ChestXDet
-from sam_medical.data.cholecseg8k import CholecSeg8k
-from sam_medical.data.decoding import Scan
-from sam_medical.data.glas import Glas
-from sam_medical.data.intensity import AUTO, AUTO_CT, settle
-from sam_medical.data.lits_png import LitsPng
-from sam_medical.data.offset import AUTO as AUTO_OFFSET
-from sam_medical.data.offset import BY_IMAGE, NONE, offset_seen, settle_offset, without_offset
-from sam_medical.data.own import OwnData
-from sam_medical.data.reading import Reading
+if TYPE_CHECKING:
+    from sam_medical.data.base import SegmentationDataset
 
-DATASETS: dict[str, type[SegmentationDataset]] = {
-    "brain-mri": BrainMri,
-    "cholecseg8k": CholecSeg8k,
-    "abdominal-us": Ultrasound,
-    **{f"abdominal-us-real-{fold}": real_ultrasound_fold(fold) for fold in range(1, FOLDS + 1)},
-    "chestx-det": ChestXDet,
-    "lits-png": LitsPng,
-    "glas": Glas,
-    "own": OwnData,
-}
-
-# Of the training images, evenly from the first to the last.
-SETTLED_BY = 20
-# As many more, where none of those says how sixteen bits hold the values of CT.
-LOOKED_THROUGH = 300
-TRAINING_SPLITS = ("train", "validation", "test")
-
-__all__ = ["DATASETS", "Reading", "Sample", "SegmentationDataset", "open_dataset", "open_splits", "settle_reading"]
-
-
-def open_dataset(
-    name: str, root: str | None, split: str, labels: list[str] | None = None, reading: Reading | None = None
-) -> SegmentationDataset:
-    """One split of a dataset, with all of its labels or some of them.
-
-    Raises:
-        UserError: if the dataset, its folder, the split or a label does not exist, or the split holds no images.
-    """
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}.")
-    dataset_type = DATASETS[name]
-    if split not in dataset_type.splits:
-        raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
-    try:
-        dataset = dataset_type(Path(root) if root else None, split, reading)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{root} cannot be read as {name} ({first_line(error)}).") from error
-    if not len(dataset):
-        raise UserError(f"{root} holds no images of the split {split} of {name}; add some.")
-    unknown = [label for label in labels or [] if label not in dataset.labels]
-    if unknown:
-        raise UserError(f"{name} has no label {unknown[0]!r}; choose from {', '.join(dataset.labels)}.")
-    if labels:
-        dataset.keep_labels(labels)
-    return dataset
-
-
-def open_splits(
-    name: str, root: str | None, labels: list[str] | None = None, reading: Reading | None = None
-) -> dict[str, SegmentationDataset]:
-    """What a run needs: train, validation and test, all with the labels of train in its order.
-
-    Raises:
-        UserError: as `open_dataset`.
-    """
-    first, *others = TRAINING_SPLITS
-    train = open_dataset(name, root, first, labels, reading)
-    rest = {split: open_dataset(name, root, split, list(train.labels), reading) for split in others}
-    return {first: train, **rest}
-
-
-def settle_reading(train: SegmentationDataset) -> Reading:
-    """The dataset's reading with an offset and an intensity that its training images have made definite.
-
-    Raises:
-        UserError: if they contradict each other.
-    """
-    reading = train.reading
-    if reading.offset == AUTO_OFFSET:
-        reading = replace(reading, offset=settle_offset(_scans_for_offset(train)))
-    if reading.intensity != AUTO:
-        return reading
-    if reading.offset not in (NONE, BY_IMAGE):
-        return replace(reading, intensity=AUTO_CT)
-    as_read = ((without_offset(scan, reading.offset), modality) for scan, modality in _scans(train, SETTLED_BY))
-    return replace(reading, intensity=settle(AUTO, as_read))
-
-
-def _scans(train: SegmentationDataset, count: int) -> Iterator[tuple[Scan, str]]:
-    """So many of the training images, evenly from the first to the last."""
-    for place in np.linspace(0, len(train) - 1, min(len(train), count)).round().astype(int):
-        scan = train.scan(int(place))
-        if scan is not None:
-            yield scan, train.reading.modality
-
-
-def _scans_for_offset(train: SegmentationDataset) -> Iterator[tuple[Scan, str]]:
-    """Some images, and many more if these are pictures of sixteen bits of which none shows its offset."""
-    is_open = False
-    for scan, modality in _scans(train, SETTLED_BY):
-        is_open |= scan.affine is None and scan.values.dtype == np.uint16 and not offset_seen(scan, modality)
-        yield scan, modality
-    if is_open:
-        yield from _scans(train, LOOKED_THROUGH)
+DATASETS: Registry[type[SegmentationDataset]] = Registry(
+    "dataset",
+    {
+        "brain-mri": "sam_medical.data.brain_mri:BrainMri",
+        "cholecseg8k": "sam_medical.data.cholecseg8k:CholecSeg8k",
+        "abdominal-us": "sam_medical.data.abdominal_us:Ultrasound",
+        **{f"abdominal-us-real-{fold}": f"sam_medical.data.abdominal_us:RealUltrasound{fold}" for fold in range(1, 6)},
+        "chestx-det": "sam_medical.data.chestxdet:ChestXDet",
+        "lits-png": "sam_medical.data.lits_png:LitsPng",
+        "glas": "sam_medical.data.glas:Glas",
+        "own": "sam_medical.data.own:OwnData",
+    },
+)

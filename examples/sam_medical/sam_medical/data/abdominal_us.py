@@ -99,9 +99,24 @@ class RealUltrasound(Ultrasound):
         self.masks = [self.masks[index] for index in chosen]
 
 
-def real_ultrasound_fold(fold: int) -> type[SegmentationDataset]:
-    """The dataset whose test images are those of that fold, 1 to 5."""
-    return type(f"RealUltrasound{fold}", (RealUltrasound,), {"fold": fold - 1})
+class RealUltrasound1(RealUltrasound):
+    fold = 0
+
+
+class RealUltrasound2(RealUltrasound):
+    fold = 1
+
+
+class RealUltrasound3(RealUltrasound):
+    fold = 2
+
+
+class RealUltrasound4(RealUltrasound):
+    fold = 3
+
+
+class RealUltrasound5(RealUltrasound):
+    fold = 4
 
 
 def masks_in_colours(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import replacing_file
-from sam_medical.data import Sample
+from sam_medical.data.base import Sample
 
 # Outlines count as equal within this share of the image's diagonal.
 TOLERANCE = 0.01

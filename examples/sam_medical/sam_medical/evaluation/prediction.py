@@ -13,7 +13,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sam_medical.data import Sample
+from sam_medical.data.base import Sample
 from sam_medical.data.loading import EvaluationBatch, Framing
 from sam_medical.evaluation.metrics import MaskScore, score_masks
 

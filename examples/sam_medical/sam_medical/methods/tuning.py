@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import svdtune
 from sam_medical.common.errors import UserError
 from sam_medical.common.expressions import matches_any
-from sam_medical.methods.table import POSITION_TYPES, Method, names_in
+from sam_medical.methods.method import POSITION_TYPES, Method, names_in
 from sam_medical.models.prompted_sam import PromptedSam
 from svdtune.learned import LearnedVector
 

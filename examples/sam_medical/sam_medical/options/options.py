@@ -23,7 +23,7 @@ from sam_medical.data.offset import FORMS as OFFSETS
 from sam_medical.data.offset import check_offset
 from sam_medical.data.reading import Reading
 from sam_medical.evaluation.metrics import CRITERIA
-from sam_medical.methods.table import METHODS
+from sam_medical.methods import METHODS
 from sam_medical.models.prompts import PROMPTS
 
 T = TypeVar("T")

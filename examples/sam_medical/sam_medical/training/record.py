@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sam_medical.data import SegmentationDataset
+from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.survey import Survey
 
 PACKAGES = ("svdtune", "torch", "peft", "transformers", "accelerate", "monai", "numpy")

@@ -23,11 +23,12 @@ from sam_medical.adapters.task import Task
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import replacing_folder, write_json
 from sam_medical.common.signals import Interruption
-from sam_medical.data import SegmentationDataset
+from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.loading import evaluation_loader, thinned, training_loader
 from sam_medical.evaluation.metrics import CRITERIA, score_labels
 from sam_medical.evaluation.prediction import evaluate
-from sam_medical.methods.table import METHODS, Method
+from sam_medical.methods import METHODS
+from sam_medical.methods.method import Method
 from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups
 from sam_medical.models.backbones import checkpoint_blocks
 from sam_medical.models.networks import has_batch_norm
