@@ -1,9 +1,9 @@
-"""What PEFT's users rely on, tried on seven methods: the table in the README.
+"""Which features of PEFT do seven methods support? (the table in the main README)
 
-    PYTHONPATH=.venv/quantizers python benchmarks/capabilities.py    # the path is where `make test` puts bitsandbytes
+    PYTHONPATH=.venv/quantizers python benchmarks/capabilities.py    # where `make test` installs bitsandbytes
 
-Every cell is the outcome of a trial on a tiny model with trained (random) values: "yes" if the result is right, "no"
-if the method raises or the result is wrong. `--why` prints what came of each "no".
+Each cell is the result of a test on a tiny model with trained (random) values: "yes" if the result is right, "no" if
+the method raises an error or the result is wrong. `--why` prints the reason for each "no".
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""How does a training step grow with rows and width, beside LoRA's?
+"""How does the time of a training step grow with rows and width, compared with LoRA?
 
     python benchmarks/growth.py [--quick] [--device cuda --dtype bfloat16]
 
-A block of SAM's encoder (attention over 256 tokens, an MLP of four times the width), all its linear layers tuned,
-widths from 256 to 4,096 and 256 to 65,536 rows: as many of these as the device takes in some minutes.
+The model is a block of SAM's encoder (attention over 256 tokens, an MLP of four times the width). All its linear
+layers are tuned. Widths range from 256 to 4,096, and rows from 256 to 65,536: as many as the device can run in some
+minutes.
 """
 
 from __future__ import annotations

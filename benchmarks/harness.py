@@ -1,7 +1,7 @@
-"""What every benchmark here has in common: options, timing, memory, and results as Markdown and JSON.
+"""Shared code of all benchmarks: options, timing, memory, and results as Markdown and JSON.
 
-Contenders take turns, in another order each round, in one run after a warm-up, and are compared by the median of their
-ratios round by round: so a slow moment of the machine, and what memory the one before has left, fall on all of them.
+After a warm-up, contenders take turns within one run, in another order each round. The reported ratio is the median of
+the ratios per round. A slow phase of the machine, and memory left by the previous contender, thus affect all of them.
 """
 
 from __future__ import annotations

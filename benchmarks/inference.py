@@ -1,8 +1,8 @@
-"""What does a tuned model cost when it only predicts, merged and not merged?
+"""How long does inference take with an adapter, merged and not merged?
 
     python benchmarks/inference.py [--quick] [--device cuda --dtype bfloat16]
 
-SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks.
+The model is SAM's ViT-B encoder at 256 px, batch 8, with all linear layers of its blocks tuned.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How much of a trained change is lost where it is converted to LoRA of rank r?
+"""How much of a trained change is lost by conversion to LoRA of rank r?
 
     PYTHONPATH=examples/sam_medical python benchmarks/lora_conversion.py [--adapter folder] [--ranks 8 64]
 
-PEFT's `convert_to_lora` keeps the r leading singular values of each layer's change W' - W. The error is what it leaves
-out, relative to the change, in Frobenius norm: over all linear layers, and in the best and the worst one. By default
-of the example's adapter on GlaS, for whose weights see the example.
+PEFT's `convert_to_lora` keeps the r leading singular values of each layer's change W' - W. The error is the Frobenius
+norm of the discarded part, relative to that of the change: over all linear layers, and in the best and worst layer.
+The default is the example's adapter on GlaS; the example's README describes how to get its weights.
 """
 
 from __future__ import annotations

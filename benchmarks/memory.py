@@ -1,10 +1,10 @@
-"""What does tuning take of memory and disk: for the backward pass, for the singular vectors, for an adapter's file?
+"""How much memory do the backward pass and the singular vectors need, and how large is an adapter file?
 
     python benchmarks/memory.py [--quick] [--device cuda --dtype bfloat16]
 
-SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks; and one of its MLP blocks alone. What is kept
-for the backward pass is counted tensor by tensor as autograd keeps them, without parameters and singular vectors. On a
-GPU, the allocator's peak over a whole training step stands beside it.
+The models are SAM's ViT-B encoder at 256 px, batch 8, with all linear layers of its blocks tuned, and one of its MLP
+blocks alone. The script counts the tensors that autograd keeps for the backward pass, except parameters and singular
+vectors. On a GPU, it also reports the allocator's peak over a whole training step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What do PEFT's methods cost beside one another: time, memory and trained values?
+"""How do PEFT's methods compare in time, memory and number of trained values?
 
     python benchmarks/peers.py [--quick] [--device cuda --dtype bfloat16]
 
-A training step of SAM's encoders and of blocks of other transformers, each method at its authors' defaults; the
-published way of tuning singular values and full fine-tuning are there, too.
+The script measures a training step of SAM's encoders and of blocks of other transformers. Each method has its authors'
+defaults. Full fine-tuning and the published way of tuning singular values are included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's published way, as a baseline: every layer's weight is rebuilt at each call, and multiplied with."""
+"""The baseline: the layer that the paper's authors published, which rebuilds its weight at each call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: the models, with an input each, and PEFT's methods, with a config each."""
+"""The models of the benchmarks, each with an input, and PEFT's methods, each with a config."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What does it cost to wrap SAM's ViT-B, the first time and from the cache?
+"""How long does it take to wrap SAM's ViT-B, the first time and from the cache?
 
     python benchmarks/wrapping.py [--quick] [--device cuda]
 
-Against `torch.linalg.svd` in float32 of the same 48 weights, in turns, a block at a time.
+The baseline is `torch.linalg.svd` in float32 of the same 48 weights. Both take turns, one block at a time.
 """
 
 from __future__ import annotations
