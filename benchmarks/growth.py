@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WIDTHS, ROWS, SIDE = [256, 512, 1024, 2048, 4096], [256, 1024, 4096, 16384, 65536], 16
-# Rows times width², of the largest block that is run.
+# The largest block to run, as rows times width².
 LARGEST = {"cpu": 1024 * 4096**2, "cuda": 65536 * 4096**2}
 LORA, OURS = "LoRA r=8", "svdtune"
 
@@ -41,7 +41,7 @@ def block_of_width(options: Options, width: int) -> Subject:
 
 
 def plot(timings_of: dict[tuple[int, int], Timings], options: Options) -> None:
-    """How many times LoRA's step ours takes, over rows, a line a width."""
+    """Plots the ratio of our step to LoRA's over rows, one line per width."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for shade, width in enumerate(sorted({width for width, _ in timings_of}), start=2):
         rows = [rows for of_width, rows in timings_of if of_width == width]

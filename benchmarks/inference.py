@@ -36,7 +36,7 @@ def measure(options: Options) -> Result:
         timings = time_interleaved(calls, options.rounds_or(full=7, quick=7))
     columns = ["a prediction of", "seconds", "times the plain model", "least - most"]
     result.add_table(subject.name, columns, timings.rows(PLAIN))
-    # The merged model is the plain one with other numbers in it: what is above 1.00 is the machine's noise.
+    # The merged model is the plain model with other values, so any ratio above 1.00 is noise of the machine.
     result.claims = [
         timings.claim("inference, merged", MERGED, PLAIN, 1.0),
         timings.claim("inference, one adapter, not merged", OURS, LORA, 1.1),

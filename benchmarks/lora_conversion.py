@@ -26,7 +26,7 @@ LAYER = SVDScaleShiftModel.tuner_layer_cls
 
 @torch.no_grad()
 def errors(model: nn.Module, rank: int) -> list[tuple[float, float]]:
-    """Of each linear layer: the norm of what is lost, and the norm of the change."""
+    """Per linear layer: the norm of the lost part, and the norm of the change."""
     layers = [m for m in model.modules() if isinstance(m, LAYER) and isinstance(m.get_base_layer(), nn.Linear)]
     return [
         ((layer.get_delta_weight("default") - kept_by_lora(layer, rank)).norm().item(), size)
@@ -36,7 +36,7 @@ def errors(model: nn.Module, rank: int) -> list[tuple[float, float]]:
 
 
 def kept_by_lora(layer: nn.Module, rank: int) -> Tensor:
-    """The change of the weight after PEFT's own conversion of this layer."""
+    """The change of the weight after PEFT converts this layer."""
     base = nn.Sequential(copy.deepcopy(layer.get_base_layer()))
     model = peft.get_peft_model(base, SVDScaleShiftConfig(target_modules=["0"]))
     model.base_model.model[0] = layer

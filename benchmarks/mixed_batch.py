@@ -21,7 +21,7 @@ NAMES = [f"adapter{index}" for index in range(SAMPLES)]
 
 
 def model_with_adapters(config: PeftConfig) -> PeftModel:
-    """An encoder with one adapter a sample, of trained (random) values."""
+    """An encoder with one adapter per sample, with trained (random) values."""
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     model = get_peft_model(BertModel(BertConfig(vocab_size=WORDS, **sizes)), config, adapter_name=NAMES[0])
     for name in NAMES[1:]:

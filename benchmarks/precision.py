@@ -40,7 +40,7 @@ def weights() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def errors(weight: Tensor, options: Options) -> dict[str, float]:
-    """Relative errors by form; all forms are given the same rounded weight, A and B."""
+    """Relative errors by form. All forms get the same rounded weight, A and B."""
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight.copy_(weight)
     linear = options.to_device(linear)

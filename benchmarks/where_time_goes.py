@@ -20,7 +20,7 @@ SHOWN = 6
 
 
 def shares(call: Callable[[], object], device: str) -> list[str]:
-    """The operators that take most of the time, each with its share of all."""
+    """The operators that take most of the time, each with its share of the total."""
     call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:

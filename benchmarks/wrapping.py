@@ -16,16 +16,16 @@ from torch import nn
 from harness import Options, Result, run, time_interleaved
 from subjects import QUICK_BLOCKS, SAM_TARGETS, Subject, ours, sam_encoder, tuned_layers
 
-# Four-byte values in a page of memory.
+# Number of four-byte values in a memory page.
 PAGE = 1024
 FIRST, CACHED, LAPACK = "wrapping, first time", "wrapping, from the cache", "torch.linalg.svd in float32"
 
 
 def wrap(subject: Subject, cache: str | None = None) -> None:
-    """Wraps the model, reads a value of each page of the vectors, and unwraps it."""
+    """Wraps the model, reads one value per page of the vectors, and unwraps the model."""
     model = get_peft_model(subject.model, ours(svd_cache=cache)(subject.targets))
     for layer in tuned_layers(model):
-        # What comes from the cache is mapped into memory, and read only now.
+        # Read the vectors, so that the time includes any memory that is mapped but not loaded yet.
         for vectors in (layer.spectrum.left, layer.spectrum.right):
             vectors.flatten()[::PAGE].sum()
     model.unload()

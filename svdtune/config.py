@@ -37,9 +37,9 @@ class SVDScaleShiftConfig(PeftConfig):
     """Configuration of an adapter that scales and shifts the singular values of linear layers.
 
     For W = U diag(S) Vᵀ, the tuned weight is W' = U diag(relu(A * S + B)) Vᵀ with A = 1 + a. Only a and B are trained,
-    2 * min(in, out) values per layer. Both are vectors with one value per tuned singular value, in float32, and start
-    at zero. The method is equation 2 of Paranjape et al., "S-SAM: SVD-based Fine-Tuning of Segment Anything Model for
-    Medical Image Segmentation" (MICCAI 2024). Related methods are settings of this config:
+    2 * min(in, out) values per layer. Both are vectors with one value per tuned singular value. They start at zero, in
+    float32 by default. The method is equation 2 of Paranjape et al., "S-SAM: SVD-based Fine-Tuning of Segment Anything
+    Model for Medical Image Segmentation" (MICCAI 2024). Related methods are settings of this config:
 
     - S-SAM: the defaults;
     - SVF ("Singular Value Fine-tuning", Sun et al., NeurIPS 2022): ``shift=False, nonlinearity="none"``;
