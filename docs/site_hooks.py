@@ -27,6 +27,8 @@ PAGES = {
 }
 SOURCES = {site: source for source, site in PAGES.items()}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"(^```[\s\S]*?^```$)", re.MULTILINE)
+NOTE = re.compile(r"^<!-- ?(?:not run|setup):[\s\S]*?-->\n", re.MULTILINE)  # for tests/test_docs.py
 
 
 def on_files(files, config):
@@ -61,7 +63,9 @@ def on_page_markdown(markdown, page, config, files):
         relative = posixpath.relpath(name, posixpath.dirname(site) or ".")
         return f"{bang}[{text}]({relative}{'#' if anchor else ''}{anchor})"
 
-    return LINK.sub(rewritten, markdown)
+    markdown = NOTE.sub("", markdown)
+    parts = FENCE.split(markdown)  # every other part is code
+    return "".join(part if index % 2 else LINK.sub(rewritten, part) for index, part in enumerate(parts))
 
 
 def _site_name(path: str) -> str:
