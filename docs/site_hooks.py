@@ -47,6 +47,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     site = page.file.src_uri
     source = SOURCES.get(site, f"docs/{site}")
+    if site == "index.md":
+        page.meta["hide"] = ["navigation"]  # where it would be a single line
 
     def rewritten(match: re.Match[str]) -> str:
         bang, text, target = match.groups()

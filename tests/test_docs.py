@@ -49,7 +49,8 @@ NOT_IN_REPOSITORY = re.compile(r"(runs|made-up)/|DATA\b|FOLDER\b|OTHER\b|\$|face
 NEVER_RUN = ("make", "pip", "accelerate", "mkdocs")
 
 FENCE = re.compile(
-    r"(?P<comments>(?:^<!--(?:(?!-->)[\s\S])*-->\n)*)^```(?P<language>bash|python)\n(?P<code>[\s\S]*?)^```$", re.MULTILINE
+    r"(?P<comments>(?:^<!--(?:(?!-->)[\s\S])*-->\n)*)^```(?P<language>bash|python)\n(?P<code>[\s\S]*?)^```$",
+    re.MULTILINE,
 )
 COMMENT = re.compile(r"<!-- ?(not run|setup):([\s\S]*?)-->")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
