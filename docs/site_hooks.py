@@ -49,6 +49,8 @@ def on_page_markdown(markdown, page, config, files):
     source = SOURCES.get(site, f"docs/{site}")
     if site == "index.md":
         page.meta["hide"] = ["navigation"]  # where it would be a single line
+    if site.startswith("medical/results-"):
+        page.meta["hide"] = ["toc"]  # to make room for wide tables
 
     def rewritten(match: re.Match[str]) -> str:
         bang, text, target = match.groups()

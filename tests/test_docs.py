@@ -5,8 +5,8 @@ Each Python block and each command is run, unless a comment directly before its 
     <!-- not run: needs your images -->
 
 The Python blocks of a page run one after the other in one namespace, which begins with `docs_stand_ins`. A comment
-``<!-- setup: ... -->`` is Python that runs before the next block and that no reader sees. Of commands that are not run,
-every option must exist in the command's help, and every path in the repository.
+``<!-- setup: ... -->`` is Python that runs before the next block, hidden from the reader. Every option of a command
+must exist in the command's help, and every path in the repository.
 """
 
 from __future__ import annotations
