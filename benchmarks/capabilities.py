@@ -1,9 +1,9 @@
-"""What PEFT's users rely on, tried on seven methods: the table in the README.
+"""Which features of PEFT do seven methods support? (the table in the main README)
 
-    PYTHONPATH=.venv/quantizers python benchmarks/capabilities.py    # the path is where `make test` puts bitsandbytes
+    PYTHONPATH=.venv/quantizers python benchmarks/capabilities.py    # where `make test` installs bitsandbytes
 
-Every cell is the outcome of a trial on a tiny model with trained (random) values: "yes" if the result is right, "no"
-if the method raises or the result is wrong. `--why` prints what came of each "no".
+Each cell is the result of a test on a tiny model with trained (random) values: "yes" if the result is right, "no" if
+the method raises an error or the result is wrong. `--why` prints the reason for each "no".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from svdtune import SVDScaleShiftConfig, hotswap_adapter
 
 warnings.filterwarnings("ignore")
 
-# Each method by the least that it must be told about a layer called "layer".
+# The minimal config of each method for a layer called "layer".
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "svdtune": (SVDScaleShiftConfig, {}),
     "LoRA": (LoraConfig, {"r": 4}),
@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 class Net(nn.Module):
-    """A layer to tune, of any kind, and a head behind it."""
+    """A layer to tune, of any kind, followed by a head."""
 
     def __init__(self, layer: nn.Module, width: int = 8) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Net(nn.Module):
 
 
 class Deep(nn.Module):
-    """Two layers to tune, behind an embedding, as transformers are built."""
+    """An embedding followed by two layers to tune, as in a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Deep(nn.Module):
 
 
 class Experts(nn.Module):
-    """Two experts in one parameter."""
+    """Two experts in one parameter, (2, 8, 8)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Experts(nn.Module):
 
 @dataclass
 class Method:
-    """A PEFT method to try."""
+    """A PEFT method to test."""
 
     config_class: type
     least: dict[str, Any]
@@ -90,7 +90,7 @@ class Method:
         return self.config_class(**{"target_modules": ["layer"], **self.least, **choices})
 
     def tuned(self, base: nn.Module | None = None, **choices: Any) -> PeftModel:
-        """A model with trained values: noise on all that learns."""
+        """A model with trained values: every trainable parameter gets noise."""
         model = get_peft_model(Net(nn.Linear(8, 8)) if base is None else base, self.config(**choices))
         return trained(model).eval()
 
@@ -113,7 +113,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
 
 
 def tunes(make_layer: Callable[[], nn.Module], x: torch.Tensor, **choices: Any) -> Callable[[Method], None]:
-    """Whether a kind of layer is changed by an adapter, and changed in the same way when merged."""
+    """A test that an adapter changes a kind of layer, and that merging gives the same output."""
 
     def trial(method: Method) -> None:
         base = Net(make_layer()).eval()
@@ -163,7 +163,7 @@ def exact_sum(method: Method) -> None:
     model.add_adapter("other", method.config())
     model.base_model.set_adapter("other")
     trained(model, "other")
-    # LoRA's exact sum is the concatenation, of the sum of the ranks.
+    # LoRA's exact sum is the concatenation, whose rank is the sum of the ranks.
     options = {"combination_type": "cat"} if method.config_class is LoraConfig else {}
     model.base_model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum", **options)
     layer = model.base_model.model.layer
@@ -183,7 +183,7 @@ def mixed_batch(method: Method) -> None:
 
 
 def copied_by_name(method: Method) -> None:
-    """As trl's DPO, KTO and GRPO trainers make their reference of the trained adapter."""
+    """Copies the adapter as trl's DPO, KTO and GRPO trainers do for their reference."""
     model = method.tuned()
     expected = model(X)
     model.add_adapter("ref", method.config())
@@ -195,7 +195,7 @@ def copied_by_name(method: Method) -> None:
 
 
 def weighted(method: Method) -> None:
-    """As diffusers' `set_adapters([...], weights)` does to each layer."""
+    """Scales each layer as diffusers' `set_adapters([...], weights)` does."""
     base = Net(nn.Linear(8, 8)).eval()
     untuned = base(X)
     model = method.tuned(base)
@@ -235,15 +235,15 @@ def quantised(bits: int) -> Callable[[Method], None]:
         x = torch.randn(2, 64)
         if bits == 4:
             layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-            # Packed for some CPUs at its first evaluation, a weight is read wrongly by all of PEFT; svdtune sees to
-            # that itself, and the trial is of the methods.
+            # On some CPUs, bitsandbytes packs a weight at its first evaluation, and all of PEFT then reads it wrongly.
+            # svdtune prevents that, but other methods do not, so disable it for all.
             layer.support_avx512bf16_for_cpu = False
         else:
             layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
         base = Net(layer, 64)
         base.load_state_dict(Net(nn.Linear(64, 64), 64).state_dict())
         base = base.to("cpu")
-        setattr(base, f"is_loaded_in_{bits}bit", True)  # as transformers would, which LoRA goes by
+        setattr(base, f"is_loaded_in_{bits}bit", True)  # transformers sets it, and LoRA reads it
         model = method.tuned(base)
         output = model(x)
         output.square().sum().backward()
@@ -251,7 +251,7 @@ def quantised(bits: int) -> Callable[[Method], None]:
             change = output - model(x)
         check(change.norm() > 0.1 * output.norm(), "the adapter changes nothing")
         model.merge_adapter()
-        # The merged weight is quantised again, which for NF4 alone costs a tenth or more of a small output.
+        # Merging quantises the weight again. For NF4, that alone changes a small output by a tenth or more.
         check((model(x) - output).norm() < 0.35 * output.norm(), "merged and unmerged differ")
 
     return trial
@@ -276,7 +276,7 @@ def converts_to_lora(method: Method) -> None:
 
 
 def chooses(**choices: Any) -> Callable[[Method], None]:
-    """Whether the config takes a choice, and other values learn for it."""
+    """A test that the config accepts a setting, and that it changes which values are trained."""
 
     def learned(model: nn.Module) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
@@ -337,7 +337,7 @@ def main() -> None:
             try:
                 trial(Method(*method))
                 cells.append("yes")
-            except Exception as error:  # whatever a method answers is its answer
+            except Exception as error:  # any error counts as a "no"
                 cells.append("no")
                 reasons.append(f"{name}, {capability}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
         print(f"| {capability} | {' | '.join(cells)} |")

@@ -1,9 +1,10 @@
-"""How does a training step grow with rows and width, beside LoRA's?
+"""How does the time of a training step grow with rows and width, compared with LoRA?
 
     python benchmarks/growth.py [--quick] [--device cuda --dtype bfloat16]
 
-A block of SAM's encoder (attention over 256 tokens, an MLP of four times the width), all its linear layers tuned,
-widths from 256 to 4,096 and 256 to 65,536 rows: as many of these as the device takes in some minutes.
+The model is a block of SAM's encoder (attention over 256 tokens, an MLP of four times the width). All its linear
+layers are tuned. Widths range from 256 to 4,096, and rows from 256 to 65,536: as many as the device can run in some
+minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WIDTHS, ROWS, SIDE = [256, 512, 1024, 2048, 4096], [256, 1024, 4096, 16384, 65536], 16
-# Rows times width², of the largest block that is run.
+# The largest block to run, as rows times width².
 LARGEST = {"cpu": 1024 * 4096**2, "cuda": 65536 * 4096**2}
 LORA, OURS = "LoRA r=8", "svdtune"
 
@@ -40,7 +41,7 @@ def block_of_width(options: Options, width: int) -> Subject:
 
 
 def plot(timings_of: dict[tuple[int, int], Timings], options: Options) -> None:
-    """How many times LoRA's step ours takes, over rows, a line a width."""
+    """Plots the ratio of our step to LoRA's over rows, one line per width."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for shade, width in enumerate(sorted({width for width, _ in timings_of}), start=2):
         rows = [rows for of_width, rows in timings_of if of_width == width]

@@ -1,7 +1,7 @@
-"""What every benchmark here has in common: options, timing, memory, and results as Markdown and JSON.
+"""Shared code of all benchmarks: options, timing, memory, and results as Markdown and JSON.
 
-Contenders take turns, in another order each round, in one run after a warm-up, and are compared by the median of their
-ratios round by round: so a slow moment of the machine, and what memory the one before has left, fall on all of them.
+After a warm-up, contenders take turns within one run, in another order each round. The reported ratio is the median of
+the ratios per round. A slow phase of the machine, and memory left by the previous contender, thus affect all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark is run."""
+    """Command-line options of a benchmark."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -41,13 +41,13 @@ class Options:
         return module_or_tensor.to(self.device, self.torch_dtype)
 
     def rounds_or(self, full: int, quick: int) -> int:
-        """How many rounds count, unless the user has said."""
+        """The number of timed rounds: the user's, or the default."""
         return self.rounds or (quick if self.quick else full)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio that is to stay at or below its reach."""
+    """A ratio and its target (``reach``). The ratio should not exceed the target."""
 
     measure: str
     against: str
@@ -57,7 +57,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether it does, to half a percent."""
+        """Whether the ratio meets the target, within half a percent."""
         return self.value <= 1.005 * self.reach
 
     def row(self) -> list[str]:
@@ -74,7 +74,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that each contender took, round by round."""
+    """Seconds of each contender, per round."""
 
     seconds: dict[str, list[float]]
 
@@ -82,11 +82,11 @@ class Timings:
         return statistics.median(self.seconds[name])
 
     def ratios(self, name: str, reference: str) -> list[float]:
-        """How many times the reference of the same round."""
+        """The ratio to the reference of the same round, per round."""
         return [ours / theirs for ours, theirs in zip(self.seconds[name], self.seconds[reference], strict=True)]
 
     def rows(self, reference: str) -> list[list[str]]:
-        """Name, median seconds, median ratio to the reference and its spread, of each contender."""
+        """Table rows per contender: name, median seconds, median ratio to the reference and its spread."""
         rows = []
         for name in self.seconds:
             ratios = self.ratios(name, reference)
@@ -101,7 +101,7 @@ class Timings:
 
 @dataclass
 class Result:
-    """The answer to one question: tables under their captions, and the claims that they bear out or not."""
+    """The result of one script: tables with captions, and claims with their targets."""
 
     name: str
     claims: list[Claim] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Result:
         print(f"\n{caption}\n\n{markdown_table(columns, rows)}", flush=True)
 
     def save(self, options: Options) -> Path:
-        """Writes ``NAME.json`` into the folder of results."""
+        """Writes ``NAME.json`` to the results folder."""
         path = results_folder(options) / f"{self.name}.json"
         content = {"machine": machine(options), "options": asdict(options), **asdict(self)}
         unfinished = path.with_suffix(".unfinished")
@@ -124,7 +124,7 @@ class Result:
 
 
 def results_folder(options: Options) -> Path:
-    """Where results go: those of each device and dtype, and of quick runs, beside and not over the others."""
+    """The results folder: one per device and dtype, and one for quick runs."""
     kind = "quick" if options.quick else f"{options.device}-{options.dtype}"
     folder = RESULTS / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def results_folder(options: Options) -> Path:
 
 
 def run(measure: Callable[[Options], Result]) -> None:
-    """The main function of a script: reads the options, measures, prints and saves."""
+    """The main function of a script: parses the options, measures, prints and saves."""
     options = parse_options(sys.argv[1:])
     print(machine(options))
     result = prepared(measure)(options)
@@ -142,7 +142,7 @@ def run(measure: Callable[[Options], Result]) -> None:
 
 
 def parse_options(arguments: list[str]) -> Options:
-    """The options that all scripts have."""
+    """Parses the options that all scripts share."""
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,7 +154,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result]:
-    """``measure``, from one seed, with no cache but its own, and without denormal numbers, which slow a CPU down."""
+    """``measure`` with a fixed seed, without the user's cache, and without denormal numbers, which slow a CPU down."""
 
     def with_preparation(options: Options) -> Result:
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -168,9 +168,9 @@ def prepared(measure: Callable[[Options], Result]) -> Callable[[Options], Result
 
 
 def time_interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Timings:
-    """Calls every contender once a round, ``rounds`` times after the ``warm_up``.
+    """Calls every contender once per round, for ``rounds`` rounds after ``warm_up`` rounds.
 
-    In another order each time: what memory the one before has left behind makes several per cent of a step on a CPU.
+    The order changes each round: memory left by the previous contender affects a step on a CPU by several per cent.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     shuffled = random.Random(0)
@@ -190,11 +190,11 @@ def spread_of(ratios: list[float]) -> str:
 
 
 def bytes_kept(forward: Callable[[], object], held: list[torch.Tensor]) -> int:
-    """How many bytes autograd keeps from a forward pass for the backward pass.
+    """The number of bytes that autograd keeps from a forward pass for the backward pass.
 
     Args:
         forward: The forward pass.
-        held: The tensors that are there anyway: parameters, buffers, singular vectors.
+        held: Tensors that exist anyway and are not counted: parameters, buffers, singular vectors.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept: dict[int, int] = {}
@@ -206,13 +206,13 @@ def bytes_kept(forward: Callable[[], object], held: list[torch.Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # holds what is kept, so that no address is used twice
+        result = forward()  # keeps the tensors alive, so that no address is reused
     del result
     return sum(kept.values())
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How much more of a GPU's memory there was in use during a call than before it."""
+    """The peak of GPU memory during a call, in bytes above the memory in use before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -220,7 +220,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def machine(options: Options) -> str:
-    """What this ran on, in a line."""
+    """Describes the machine and the versions in one line."""
     on_gpu = options.device == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {torch.get_num_threads()} threads"
     return f"{device}, {options.dtype}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,8 +1,8 @@
-"""What does a tuned model cost when it only predicts, merged and not merged?
+"""How long does inference take with an adapter, merged and not merged?
 
     python benchmarks/inference.py [--quick] [--device cuda --dtype bfloat16]
 
-SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks.
+The model is SAM's ViT-B encoder at 256 px, batch 8, with all linear layers of its blocks tuned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def measure(options: Options) -> Result:
         timings = time_interleaved(calls, options.rounds_or(full=7, quick=7))
     columns = ["a prediction of", "seconds", "times the plain model", "least - most"]
     result.add_table(subject.name, columns, timings.rows(PLAIN))
-    # The merged model is the plain one with other numbers in it: what is above 1.00 is the machine's noise.
+    # The merged model is the plain model with other values, so any ratio above 1.00 is noise of the machine.
     result.claims = [
         timings.claim("inference, merged", MERGED, PLAIN, 1.0),
         timings.claim("inference, one adapter, not merged", OURS, LORA, 1.1),

@@ -1,10 +1,10 @@
-"""How much of a trained change is lost where it is converted to LoRA of rank r?
+"""How much of a trained change is lost by conversion to LoRA of rank r?
 
     PYTHONPATH=examples/sam_medical python benchmarks/lora_conversion.py [--adapter folder] [--ranks 8 64]
 
-PEFT's `convert_to_lora` keeps the r leading singular values of each layer's change W' - W. The error is what it leaves
-out, relative to the change, in Frobenius norm: over all linear layers, and in the best and the worst one. By default
-of the example's adapter on GlaS, for whose weights see the example.
+PEFT's `convert_to_lora` keeps the r leading singular values of each layer's change W' - W. The error is the Frobenius
+norm of the discarded part, relative to that of the change: over all linear layers, and in the best and worst layer.
+The default is the example's adapter on GlaS; the example's README describes how to get its weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYER = SVDScaleShiftModel.tuner_layer_cls
 
 @torch.no_grad()
 def errors(model: nn.Module, rank: int) -> list[tuple[float, float]]:
-    """Of each linear layer: the norm of what is lost, and the norm of the change."""
+    """Per linear layer: the norm of the lost part, and the norm of the change."""
     layers = [m for m in model.modules() if isinstance(m, LAYER) and isinstance(m.get_base_layer(), nn.Linear)]
     return [
         ((layer.get_delta_weight("default") - kept_by_lora(layer, rank)).norm().item(), size)
@@ -36,7 +36,7 @@ def errors(model: nn.Module, rank: int) -> list[tuple[float, float]]:
 
 
 def kept_by_lora(layer: nn.Module, rank: int) -> Tensor:
-    """The change of the weight after PEFT's own conversion of this layer."""
+    """The change of the weight after PEFT converts this layer."""
     base = nn.Sequential(copy.deepcopy(layer.get_base_layer()))
     model = peft.get_peft_model(base, SVDScaleShiftConfig(target_modules=["0"]))
     model.base_model.model[0] = layer

@@ -1,10 +1,10 @@
-"""What does tuning take of memory and disk: for the backward pass, for the singular vectors, for an adapter's file?
+"""How much memory do the backward pass and the singular vectors need, and how large is an adapter file?
 
     python benchmarks/memory.py [--quick] [--device cuda --dtype bfloat16]
 
-SAM's ViT-B encoder at 256 px, batch 8, all linear layers of its blocks; and one of its MLP blocks alone. What is kept
-for the backward pass is counted tensor by tensor as autograd keeps them, without parameters and singular vectors. On a
-GPU, the allocator's peak over a whole training step stands beside it.
+The models are SAM's ViT-B encoder at 256 px, batch 8, with all linear layers of its blocks tuned, and one of its MLP
+blocks alone. The script counts the tensors that autograd keeps for the backward pass, except parameters and singular
+vectors. On a GPU, it also reports the allocator's peak over a whole training step.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ METHODS = ["LoRA r=8", "svdtune", "svdtune, one-sided", "svdtune, rank=64", "LoR
 
 
 def mlp_block(options: Options, rows: int = 2048) -> Subject:
-    """The MLP of one of the encoder's blocks, for as many rows as the encoder has at 256 px and batch 8."""
+    """The MLP of one encoder block, with the encoder's number of rows at 256 px and batch 8."""
     block = sam_encoder(options, blocks=1).model.model.vision_encoder.layers[0].mlp
     return Subject("an MLP block alone", Output(block), ["lin1", "lin2"], options.to_device(torch.randn(rows, 768)))
 
 
 def kept(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes kept for the backward pass, where the input has a gradient as it does behind other tuned layers."""
+    """Bytes kept for the backward pass. The input has a gradient, as after other tuned layers."""
     x = x.detach().requires_grad_()
     return bytes_kept(lambda: model(x), held_tensors(model))
 
 
 def vectors_share(model: nn.Module) -> float:
-    """The bytes of the singular vectors, as a share of the bytes of the weights that they belong to."""
+    """The bytes of the singular vectors, relative to the bytes of their weights."""
     layers = tuned_layers(model)
     held = sum(layer.spectrum.left.nbytes + layer.spectrum.right.nbytes for layer in layers)
     return held / sum(layer.get_base_layer().weight.nbytes for layer in layers)
@@ -65,7 +65,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def costs(subjects: dict[str, Subject], method: str, on_gpu: bool) -> dict[str, Any]:
-    """What a method takes: bytes kept, at a step's peak and of the file, the vectors' share, and what it trains."""
+    """Costs of a method: bytes kept, peak bytes of a step, bytes of the file, share of the vectors, trained values."""
     models = {name: tuned(subject, method) for name, subject in subjects.items()}
     encoder = models["encoder"]
     found = {
@@ -76,7 +76,7 @@ def costs(subjects: dict[str, Subject], method: str, on_gpu: bool) -> dict[str, 
         "trained": trained_values(encoder),
     }
     del models, encoder
-    gc.collect()  # a PEFT model refers to itself
+    gc.collect()  # a PEFT model has reference cycles
     return found
 
 

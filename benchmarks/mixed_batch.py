@@ -1,9 +1,9 @@
-"""Does a batch whose samples have 64 different adapters cost more than one with a single adapter?
+"""Is a batch with 64 different adapters slower than a batch with a single adapter?
 
     python benchmarks/mixed_batch.py [--quick] [--device cuda --dtype bfloat16]
 
-A BERT-like encoder (6 layers of width 384, as MiniLM), all its linear layers tuned, a batch of 64 samples of 32
-tokens, forward only. PEFT's LoRA, r=8 on the same layers, runs beside in the same rounds.
+The model is a BERT-like encoder (6 layers of width 384, as in MiniLM) with all linear layers tuned. The batch has 64
+samples of 32 tokens. Only the forward pass runs. PEFT's LoRA with r=8 on the same layers runs in the same rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = [f"adapter{index}" for index in range(SAMPLES)]
 
 
 def model_with_adapters(config: PeftConfig) -> PeftModel:
-    """An encoder with one adapter a sample, of trained (random) values."""
+    """An encoder with one adapter per sample, with trained (random) values."""
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     model = get_peft_model(BertModel(BertConfig(vocab_size=WORDS, **sizes)), config, adapter_name=NAMES[0])
     for name in NAMES[1:]:

@@ -1,9 +1,9 @@
-"""What do PEFT's methods cost beside one another: time, memory and trained values?
+"""How do PEFT's methods compare in time, memory and number of trained values?
 
     python benchmarks/peers.py [--quick] [--device cuda --dtype bfloat16]
 
-A training step of SAM's encoders and of blocks of other transformers, each method at its authors' defaults; the
-published way of tuning singular values and full fine-tuning are there, too.
+The script measures a training step of SAM's encoders and of blocks of other transformers. Each method has its authors'
+defaults. Full fine-tuning and the published way of tuning singular values are included.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ SUBJECTS = {
     "ViT-H 256": partial(sam_encoder, batch=2, blocks=1, size="H"),
 }
 QUICK = ["Llama all"]
-# Fifteen models and what a step of theirs keeps take more than 24 GB.
+# Fifteen models and the memory of their steps need more than 24 GB.
 ONLY_ON_GPU = ["ViT-B 1024"]
 
 
 def compared(subject: Subject, options: Options) -> dict[str, dict[str, Any]]:
-    """What each method costs on the subject, by method; a method that cannot tune it says why."""
+    """The costs of each method on the subject, by method, or the reason why a method cannot tune it."""
     found: dict[str, dict[str, Any]] = {}
     steps = {}
     for method in [*METHODS, PUBLISHED, FULL]:
@@ -87,7 +87,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def plot(result: Result, options: Options) -> None:
-    """Time and kept memory of each method on the first subject, in times LoRA's."""
+    """Plots time and kept memory of each method on the first subject, relative to LoRA."""
     found = next(iter(result.data.values()))
     methods = [method for method, costs in found.items() if "error" not in costs]
     methods.sort(key=lambda method: found[method]["ratio"])
@@ -122,7 +122,7 @@ def measure(options: Options) -> Result:
         columns = ["", "trained values", "step, times LoRA r=8", "least - most", "kept", "wrapping, s"]
         result.add_table(subject.name, columns, table(found))
         result.data[name] = found
-        result.save(options)  # an hour's work is not lost with the last subject
+        result.save(options)  # saves after each subject, because a run takes an hour
         gc.collect()
     plot(result, options)
     return result

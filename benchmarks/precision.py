@@ -1,10 +1,10 @@
-"""How much of a change of the weight is lost to rounding in each form, and does the guard of small values help?
+"""How much of a weight's change does each form lose to rounding, and does the guard of small singular values help?
 
     python benchmarks/precision.py [--dtype float32]
 
-The error of W' x relative to what the adapter changes, (W' - W) x, with trained (random) A and B; against float64.
-Three trained layers of LiteMedSAM, where its weights are installed, and Gaussian ones; a square Gaussian weight has
-singular values near zero, which the one-sided form would divide by.
+The error is that of W' x against float64, relative to the adapter's change (W' - W) x, with trained (random) A and B.
+The weights are three trained layers of LiteMedSAM, if its weights are installed, and Gaussian matrices. A square
+Gaussian matrix has singular values near zero, by which the one-sided form would divide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def weights() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def errors(weight: Tensor, options: Options) -> dict[str, float]:
-    """Relative errors by form; all forms are given the same rounded weight, A and B."""
+    """Relative errors by form. All forms get the same rounded weight, A and B."""
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight.copy_(weight)
     linear = options.to_device(linear)

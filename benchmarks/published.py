@@ -1,4 +1,4 @@
-"""The paper's published way, as a baseline: every layer's weight is rebuilt at each call, and multiplied with."""
+"""The baseline: the layer that the paper's authors published, which rebuilds its weight at each call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RebuiltLinear(nn.Module):
-    """A linear layer that learns A and B of W' = U diag(relu(A * S + B)) Vᵀ, and computes x W'ᵀ."""
+    """A linear layer that trains A and B of W' = U diag(relu(A * S + B)) Vᵀ, and computes x W'ᵀ."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RebuiltLinear(nn.Module):
 
 
 def with_rebuilt_layers(model: nn.Module, targets: list[str]) -> nn.Module:
-    """The model, frozen, with such a layer in place of every linear one whose name ends in one of ``targets``."""
+    """Freezes the model, and replaces every linear layer whose name ends in one of ``targets``."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:

@@ -1,8 +1,9 @@
-"""What does a training step cost beside LoRA, full fine-tuning and the published way?
+"""How long does a training step take, compared with LoRA, full fine-tuning and the published way?
 
     python benchmarks/step.py [--quick] [--device cuda --dtype bfloat16]
 
-SAM's ViT-B encoder at 256 px, all linear layers of its blocks, at batch 8 and 1; forward and backward.
+The model is SAM's ViT-B encoder at 256 px, batch 8 and 1, with all linear layers of its blocks tuned. A step is a
+forward and a backward pass.
 """
 
 from __future__ import annotations

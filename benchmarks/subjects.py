@@ -1,4 +1,4 @@
-"""What is measured: the models, with an input each, and PEFT's methods, with a config each."""
+"""The models of the benchmarks, each with an input, and PEFT's methods, each with a config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK_BLOCKS = 3
 
 
 class Output(nn.Module):
-    """A model that answers with one tensor, and passes on what it is asked for."""
+    """Wraps a model so that it takes one input and returns one tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Output(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to tune: what to call it, which of its layers, and an input."""
+    """A model to tune: its name, its target layers and an input."""
 
     name: str
     model: nn.Module
@@ -50,7 +50,7 @@ class Subject:
 
 
 def sam_encoder(options: Options, pixels: int = 256, batch: int = 8, blocks: int = 12, size: str = "B") -> Subject:
-    """SAM's image encoder, random weights, all linear layers of its blocks; every third attends globally."""
+    """SAM's image encoder with random weights; targets are all linear layers. Every third block attends globally."""
     width = SAM_WIDTH[size]
     config = SamVisionConfig(
         hidden_size=width,
@@ -68,7 +68,7 @@ def sam_encoder(options: Options, pixels: int = 256, batch: int = 8, blocks: int
 
 
 def bert_block(options: Options, batch: int = 8, tokens: int = 128) -> Subject:
-    """A block of BERT's base size, all linear layers."""
+    """A block of BERT's base size; targets are all linear layers."""
     model = Output(BertLayer(BertConfig(attn_implementation="sdpa")))
     x = options.to_device(torch.randn(batch, tokens, 768))
     return Subject(
@@ -77,7 +77,7 @@ def bert_block(options: Options, batch: int = 8, tokens: int = 128) -> Subject:
 
 
 def llama_block(options: Options, targets: list[str], batch: int = 2, tokens: int = 256) -> Subject:
-    """A block of Llama's proportions, grouped queries and a gated MLP."""
+    """A block with Llama's proportions, grouped queries and a gated MLP."""
     config = LlamaConfig(
         hidden_size=1024,
         intermediate_size=2816,
@@ -104,7 +104,7 @@ def ours(**choices: Any) -> Config:
     return lambda targets: SVDScaleShiftConfig(target_modules=targets, **choices)
 
 
-# Each method at its own defaults but for what it must be told; ranks as their authors use them.
+# Each method has its defaults, except for required settings. Ranks are those of the authors.
 METHODS: dict[str, Config] = {
     "svdtune": ours(),
     "svdtune, rank=64": ours(rank=64),
@@ -124,7 +124,7 @@ PUBLISHED, FULL, FROZEN = "the published way", "full fine-tuning", "frozen"
 
 
 def tuned(subject: Subject, method: str) -> nn.Module:
-    """A copy of the subject's model, tuned by that method, in training mode."""
+    """A copy of the subject's model, tuned by the method, in training mode."""
     model = copy.deepcopy(subject.model)
     if method == FULL:
         return model.requires_grad_(True)
@@ -132,8 +132,8 @@ def tuned(subject: Subject, method: str) -> nn.Module:
         return model.requires_grad_(False)
     if method == PUBLISHED:
         return with_rebuilt_layers(model, subject.targets)
-    # Others' values in the model's dtype: in float32, PEFT's default, they would cast every x and keep the copy. Ours
-    # are vectors, and stay in float32.
+    # Other methods get values in the model's dtype. In float32, PEFT's default, they would cast every x and keep the
+    # copy. Our values are vectors, and stay in float32.
     autocast = method.startswith("svdtune")
     return get_peft_model(model, METHODS[method](subject.targets), autocast_adapter_dtype=autocast).train()
 
@@ -143,7 +143,7 @@ def trained_values(model: nn.Module) -> int:
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
-    """What a model holds whether or not it computes: parameters, buffers, and our singular vectors and values."""
+    """The tensors that a model always holds: parameters, buffers, and our singular vectors and values."""
     tensors = [*model.parameters(), *model.buffers()]
     for layer in tuned_layers(model):
         spectrum = layer.spectrum
@@ -156,7 +156,10 @@ def tuned_layers(model: nn.Module) -> list[SVDScaleShiftLayer]:
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward, gradients thrown away; without the optimizer, whose time goes with the trained values."""
+    """A forward and a backward pass that discards gradients.
+
+    It excludes the optimizer, whose time depends on the number of trained values.
+    """
     if not trained_values(model):
         x = x.detach().requires_grad_()
 

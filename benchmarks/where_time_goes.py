@@ -1,8 +1,9 @@
-"""Where does the time of a training step go, and that of wrapping?
+"""Which operators take the time of a training step and of wrapping?
 
     python benchmarks/where_time_goes.py [--device cuda --dtype bfloat16]
 
-Shares of torch's operators, by torch.profiler: three blocks of SAM's ViT-B encoder at 256 px, batch 8 and 1.
+The script reports the share of each torch operator, from torch.profiler. The model is three blocks of SAM's ViT-B
+encoder at 256 px, batch 8 and 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHOWN = 6
 
 
 def shares(call: Callable[[], object], device: str) -> list[str]:
-    """The operators that take most of the time, each with its share of all."""
+    """The operators that take most of the time, each with its share of the total."""
     call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as profiler:

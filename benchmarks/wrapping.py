@@ -1,8 +1,8 @@
-"""What does it cost to wrap SAM's ViT-B, the first time and from the cache?
+"""How long does it take to wrap SAM's ViT-B, the first time and from the cache?
 
     python benchmarks/wrapping.py [--quick] [--device cuda]
 
-Against `torch.linalg.svd` in float32 of the same 48 weights, in turns, a block at a time.
+The baseline is `torch.linalg.svd` in float32 of the same 48 weights. Both take turns, one block at a time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import nn
 from harness import Options, Result, run, time_interleaved
 from subjects import QUICK_BLOCKS, SAM_TARGETS, Subject, ours, sam_encoder, tuned_layers
 
-# Four-byte values in a page of memory.
+# Number of four-byte values in a memory page.
 PAGE = 1024
 FIRST, CACHED, LAPACK = "wrapping, first time", "wrapping, from the cache", "torch.linalg.svd in float32"
 
 
 def wrap(subject: Subject, cache: str | None = None) -> None:
-    """Wraps the model, reads a value of each page of the vectors, and unwraps it."""
+    """Wraps the model, reads one value per page of the vectors, and unwraps the model."""
     model = get_peft_model(subject.model, ours(svd_cache=cache)(subject.targets))
     for layer in tuned_layers(model):
-        # What comes from the cache is mapped into memory, and read only now.
+        # Read the vectors, so that the time includes any memory that is mapped but not loaded yet.
         for vectors in (layer.spectrum.left, layer.spectrum.right):
             vectors.flatten()[::PAGE].sum()
     model.unload()

@@ -1,11 +1,11 @@
-"""Tune the singular values of a transformer's weights, as one more PEFT method.
+"""A PEFT method that tunes the singular values of a transformer's weights.
 
-Importing this package registers the method, so that ``peft`` can create, save and load its adapters.
+Importing this package registers the method with ``peft``, which can then create, save and load its adapters.
 """
 
 from svdtune.versions import check_versions
 
-check_versions()  # before what would fail in other words
+check_versions()  # before imports that would fail with an unclear error
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.hotswap import hotswap_adapter

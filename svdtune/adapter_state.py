@@ -1,4 +1,4 @@
-"""Whether an adapter fits the model that it is loaded into: its values by name, its vectors by fingerprint."""
+"""Checks that an adapter fits its model: tensors by name, singular vectors by fingerprint."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from svdtune.layer import SVDScaleShiftLayer
 from svdtune.param_wrapper import ParamWrapper
 from svdtune.spectrum import fingerprint_distance
 
-# Changes of the singular values are a tenth of them or so: at this distance W' is off by about 1e-4 of its norm.
+# Training changes singular values by about a tenth. At this distance, W' is off by about 1e-4 of its norm.
 FINGERPRINT_TOLERANCE = 1e-3
 
 
 def check_values(model: nn.Module, adapter_name: str, config: SVDScaleShiftConfig, state: dict[str, Tensor]) -> None:
-    """Makes sure that ``state`` has finite values for all that the adapter learns, and for nothing else.
+    """Checks that ``state`` has finite values for every tensor of the adapter, and no other tensors.
 
     Args:
-        model: The model, into which the adapter's layers are put already.
+        model: The model, after the adapter's layers were added.
         adapter_name: The adapter's name.
-        config: Its config.
-        state: What was read, tensors by their names in the model.
+        config: The adapter's config.
+        state: The tensors to load, by their names in the model.
 
     Warns:
-        UserWarning: if it brings embeddings of the base model, as PEFT saves them where a vocabulary was resized.
+        UserWarning: if ``state`` contains embeddings of the base model. PEFT saves them if the vocabulary was resized.
 
     Raises:
-        ValueError: with the names, if values are missing, additional, of another kind, or not finite.
+        ValueError: if tensors are missing, unknown, of the wrong dtype, or not finite. The message lists their names.
     """
-    present = {_without_wrapper(key): tensor for key, tensor in model.state_dict().items()}
-    given = {_without_wrapper(key): tensor for key, tensor in state.items()}
-    names_of_values = _names_of_values(model, adapter_name)
-    shown = {_without_wrapper(key): key for key in [*names_of_values, *state]}
-    values = {_without_wrapper(key) for key in names_of_values}
-    others = {_without_wrapper(key) for key in names_in_file(model, adapter_name)} | _names_of_biases(given, config)
-    modules = embedding_modules(model)
-    embeddings = {key for key in given.keys() - values - others if is_below(key, modules)}
+    present = {_without_wrappers(key): tensor for key, tensor in model.state_dict().items()}
+    given = {_without_wrappers(key): tensor for key, tensor in state.items()}
+    adapter_keys = _adapter_keys(model, adapter_name)
+    shown = {_without_wrappers(key): key for key in [*adapter_keys, *state]}
+    values = {_without_wrappers(key) for key in adapter_keys}
+    others = {_without_wrappers(key) for key in file_keys(model, adapter_name)} | _bias_keys(given, config)
+    modules = embedding_names(model)
+    embeddings = {key for key in given.keys() - values - others if is_inside(key, modules)}
     problems = {
         "are missing": values - given.keys(),
-        "have no place in this model": given.keys() - values - others - embeddings,
+        "do not exist in this model": given.keys() - values - others - embeddings,
         "are not floating-point numbers": {
-            key for key, value in given.items() if _is_of_another_kind(value, present, key)
+            key for key, value in given.items() if _is_unexpected_integer(value, present, key)
         },
         "hold NaN or infinite values": {key for key, value in given.items() if not _is_finite(value)},
     }
@@ -58,19 +58,19 @@ def check_values(model: nn.Module, adapter_name: str, config: SVDScaleShiftConfi
             listed = _listed(sorted(shown[name] for name in names))
             raise ValueError(
                 f"The adapter {adapter_name!r} was not loaded: {len(names)} of its values {problem}, {listed}. Check "
-                "that base model, adapter_config.json and weights belong together."
+                "that the base model, adapter_config.json and the weights belong together."
             )
     changing = [key for key in sorted(embeddings & present.keys()) if not is_same(given[key], present[key])]
     if changing:
         warnings.warn(
             f"The adapter {adapter_name!r} brings embeddings of its own, {_listed(changing)}. They replace "
-            "the base model's, also where the adapter is disabled.",
+            "those of the base model, even while the adapter is disabled.",
             stacklevel=2,
         )
 
 
-def names_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Of what an adapter trains whole (``modules_to_save``, token rows): names in the model to names in its file."""
+def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Maps names in the model to names in the adapter's file, for ``modules_to_save`` and trained token rows."""
     return {
         f"{name}.{in_model}".lstrip("."): f"{name}.{in_file}".lstrip(".")
         for name, module in model.named_modules()
@@ -79,14 +79,14 @@ def names_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
     }
 
 
-def tensors_trained_whole(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a model's ``state`` an adapter has trained whole, by its names in the adapter's file."""
-    in_file = names_in_file(model, adapter_name)
+def fully_trained_tensors(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Selects the fully trained tensors of an adapter from a model's ``state``, by their names in the file."""
+    in_file = file_keys(model, adapter_name)
     return {in_file[key]: state[key] for key in in_file.keys() & state.keys()}
 
 
-def _names_of_values(model: nn.Module, adapter_name: str) -> set[str]:
-    """What a and B of an adapter are called in the model's state dict, in every tuned layer."""
+def _adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """The state dict keys of an adapter's a and B in all tuned layers."""
     return {
         f"{layer_name}.{attribute}.{adapter_name}.weight".lstrip(".")
         for layer_name, layer in model.named_modules()
@@ -96,26 +96,26 @@ def _names_of_values(model: nn.Module, adapter_name: str) -> set[str]:
     }
 
 
-def _names_of_biases(keys: Iterable[str], config: SVDScaleShiftConfig) -> set[str]:
-    """The biases that an adapter file may bring. A state dict that is set in Python may bring any, as with LoRA."""
+def _bias_keys(keys: Iterable[str], config: SVDScaleShiftConfig) -> set[str]:
+    """The keys of biases that an adapter file may contain. A state dict passed in Python may contain any bias."""
     bias = config.bias if config.read_from_file else "all"
     ending = {"none": None, "all": "bias", "svd_scale_shift_only": "base_layer.bias"}[bias]
     return {key for key in keys if ending and (key == ending or key.endswith(f".{ending}"))}
 
 
-def embedding_modules(model: nn.Module) -> set[str]:
-    """The names of the modules that a transformer calls its input and output embeddings."""
+def embedding_names(model: nn.Module) -> set[str]:
+    """The names of a transformer's input and output embeddings."""
     embeddings = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):  # not a model of transformers, or one without
+        with suppress(AttributeError, NotImplementedError):  # not a transformers model, or without embeddings
             embeddings.append(getattr(model, getter)())
     found = [module for module in embeddings if isinstance(module, nn.Module)]
     names = {name for name, module in model.named_modules() if any(module is one for one in found)}
-    return {_without_wrapper(f"{name}.").rstrip(".") for name in names}
+    return {_without_wrappers(f"{name}.").rstrip(".") for name in names}
 
 
-def is_below(key: str, modules: set[str]) -> bool:
-    """Whether a tensor's name is of one of the modules, or of what PEFT has put into its place."""
+def is_inside(key: str, modules: set[str]) -> bool:
+    """Whether ``key`` belongs to one of the modules, or to the PEFT wrapper of one."""
     return any(key.startswith(f"{module}.") for module in modules)
 
 
@@ -123,8 +123,8 @@ def is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and not one.is_meta and torch.equal(one.to(other), other)
 
 
-def _is_of_another_kind(value: Tensor, present: dict[str, Tensor], key: str) -> bool:
-    """Counters of a module that is trained whole, such as a batch norm's, are integers in both."""
+def _is_unexpected_integer(value: Tensor, present: dict[str, Tensor], key: str) -> bool:
+    """Whether a tensor is an integer where the model has none. Counters, as in batch norm, are integers in both."""
     return not value.is_floating_point() and (key not in present or present[key].is_floating_point())
 
 
@@ -134,13 +134,13 @@ def _is_finite(value: Tensor) -> bool:
     return bool((value if value.element_size() > 1 else value.float()).isfinite().all())
 
 
-def _without_wrapper(key: str) -> str:
-    """A key of a state dict without what FSDP, torch.compile and PEFT's own model have put before its parts."""
+def _without_wrappers(key: str) -> str:
+    """Removes the prefixes of FSDP, torch.compile and `PeftModel` from a state dict key."""
     return re.sub(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod)\.", "", key).removeprefix(PEFT_PREFIX)
 
 
 def fingerprints_of(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
-    """What each weight that an adapter tunes answers to fixed changes of its singular values, by its name."""
+    """The fingerprint of each weight that an adapter tunes, by its name; see `Spectrum.fingerprint`."""
     return {
         name: layer.spectrum.fingerprint(layer.rank[adapter_name])
         for name, layer in _tuned_layers(model, adapter_name).items()
@@ -161,26 +161,26 @@ def _name_in_base_model(name: str, layer: SVDScaleShiftLayer) -> str:
 
 
 def check_fingerprints(model: nn.Module, adapter_name: str, config: SVDScaleShiftConfig) -> None:
-    """Compares the singular vectors that an adapter was made for with those of the model that it is loaded into.
+    """Compares the model's singular vectors with those that the adapter was trained on.
 
     Args:
-        model: The model, into which the adapter's layers are put already.
+        model: The model, after the adapter's layers were added.
         adapter_name: The adapter's name.
-        config: Its config, which may hold the fingerprints of what it was made for.
+        config: The adapter's config, with the saved fingerprints.
 
     Warns:
-        UserWarning: with the worst layer, if they differ, or if none of them can be compared.
+        UserWarning: if vectors differ, with the worst layer, or if no fingerprint can be compared.
 
     Raises:
-        ValueError: instead, if ``config.strict``; then also if the fingerprint of a layer, or the digest of a tensor,
-            is not there to be compared.
+        ValueError: if ``config.strict``, in place of the warning. Then a missing fingerprint or digest is an error
+            too.
     """
     if not config.read_from_file and config.fingerprints is None:
         return
-    layers, made_for = _tuned_layers(model, adapter_name), config.fingerprints or {}
-    comparable = {name for name in layers.keys() & made_for.keys() if all(map(math.isfinite, made_for[name]))}
-    problem = _problem_of_records(layers.keys(), comparable, config) or _problem_of_vectors(
-        {name: layers[name] for name in comparable}, made_for, adapter_name
+    layers, expected = _tuned_layers(model, adapter_name), config.fingerprints or {}
+    comparable = {name for name in layers.keys() & expected.keys() if all(map(math.isfinite, expected[name]))}
+    problem = _describe_missing_records(layers.keys(), comparable, config) or _describe_differing_vectors(
+        {name: layers[name] for name in comparable}, expected, adapter_name
     )
     if problem is None:
         return
@@ -189,13 +189,15 @@ def check_fingerprints(model: nn.Module, adapter_name: str, config: SVDScaleShif
     warnings.warn(f"The adapter {adapter_name!r} {problem}", stacklevel=2)
 
 
-def _problem_of_records(layers: Collection[str], comparable: set[str], config: SVDScaleShiftConfig) -> str | None:
-    """What is missing in order to tell whether the adapter fits; without `strict`, where nothing at all is there."""
-    made_for = (config.fingerprints or {}).keys()
-    missing = sorted((set(layers) ^ set(made_for)) | (set(made_for) - comparable))
+def _describe_missing_records(
+    layers: Collection[str], comparable: set[str], config: SVDScaleShiftConfig
+) -> str | None:
+    """Describes missing fingerprints or digests. Without `strict`, it reports only that none can be compared."""
+    expected = (config.fingerprints or {}).keys()
+    missing = sorted((set(layers) ^ set(expected)) | (set(expected) - comparable))
     if config.strict and missing:
         return (
-            f"cannot be checked, as `strict` asks for: fingerprints are missing, unknown or no numbers for "
+            f"cannot be checked, as `strict` asks for: fingerprints are missing, unknown or not numbers for "
             f"{_listed(missing)}. Load it without `strict` if you trust it, and save it again."
         )
     if config.strict and not config.digests:
@@ -203,16 +205,16 @@ def _problem_of_records(layers: Collection[str], comparable: set[str], config: S
             "cannot be checked, as `strict` asks for: its config has no `digests`. Load it without `strict` if you "
             "trust it, and save it again."
         )
-    if made_for and not comparable:
-        return "cannot be compared with this model: none of its fingerprints is of a layer that it tunes here."
+    if expected and not comparable:
+        return "cannot be compared with this model: it has no fingerprint of any layer that it tunes here."
     return None
 
 
-def _problem_of_vectors(
-    layers: dict[str, SVDScaleShiftLayer], made_for: dict[str, list[float]], adapter_name: str
+def _describe_differing_vectors(
+    layers: dict[str, SVDScaleShiftLayer], expected: dict[str, list[float]], adapter_name: str
 ) -> str | None:
     distances = {
-        name: fingerprint_distance(layer.spectrum.fingerprint(layer.rank[adapter_name]), made_for[name])
+        name: fingerprint_distance(layer.spectrum.fingerprint(layer.rank[adapter_name]), expected[name])
         for name, layer in layers.items()
     }
     differing = {name: distances[name] for name, layer in layers.items() if not distances[name] <= _tolerance(layer)}
@@ -221,14 +223,14 @@ def _problem_of_vectors(
     worst = max(differing, key=lambda name: differing[name])
     return (
         f"was made for other weights: the singular vectors of {len(differing)} of "
-        f"{len(distances)} layers differ, most in `{worst}`, where a change of the singular values does "
-        f"{min(differing[worst], 1):.2%} something else. It will not act here as it was trained to. Load it onto the "
-        "base model that it was trained on, in the same precision and quantisation."
+        f"{len(distances)} layers differ, most in `{worst}`, where the effect of the same change differs by "
+        f"{min(differing[worst], 1):.2%}. Its outputs will differ from those in training. Load it onto the base model "
+        "that it was trained on, in the same precision and quantisation."
     )
 
 
 def _tolerance(layer: SVDScaleShiftLayer) -> float:
-    """Vectors in bfloat16 answer by their rounding apart, also where one side alone is held."""
+    """The largest distance that rounding explains. It is about one rounding of the vectors' dtype in bfloat16."""
     return max(FINGERPRINT_TOLERANCE, 1.3 * torch.finfo(layer.spectrum.dtype).eps)
 
 

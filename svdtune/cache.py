@@ -1,12 +1,12 @@
-"""Decompositions on disk, so that a weight is decomposed once and not at every load.
+"""A disk cache of decompositions, so that a weight is decomposed once and not at every load.
 
-The name of a file is a hash of the weight's content and of what was asked of it, so a weight that has changed has
-another name. Each file carries a digest of its own content: a file that is damaged, or not what was asked for, is
-computed again. Files are written under a temporary name and renamed, so a reader finds a whole file or none. The least
-recently used ones are removed when they take too much room.
+The file name is a hash of the weight's content and of the request, so a changed weight has another file. Each file
+contains a digest of its content. If the digest or the shapes do not match, the decomposition is computed again. Files
+are written under a temporary name and renamed, so a reader finds a complete file or none. The least recently used
+files are removed when the cache exceeds its maximum size.
 
-The cache is a sub-folder that it has made and marked itself. It reads, replaces and removes only files there whose
-names have its own form. Whoever may write to that folder is trusted with the model's results.
+The cache is a sub-folder that it creates and marks itself. It reads, replaces and removes only files in it whose names
+match its own pattern. Security: anyone who can write to that folder can change the model's outputs.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from torch import Tensor
 from svdtune.digests import add_tensor, digest_of_all
 
 VARIABLE = "SVDTUNE_CACHE"
-# The cache's own folder, inside the one that the user names.
+# The sub-folder of the user's folder that holds the cache.
 FOLDER = "svdtune-decompositions"
-# A cache directory tag (bford.info/cachedir) tells backup tools to leave the folder out; its second line is ours.
+# A cache directory tag (bford.info/cachedir) makes backup tools skip the folder. Its second line is our own.
 TAG_FILE = "CACHEDIR.TAG"
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Decompositions of weights, made by svdtune.\n"
 MAXIMUM_BYTES = 20 * 2**30
 FINISHED_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 UNFINISHED_NAME = re.compile(r"[0-9a-f]{64}\.[a-z0-9_]+\.unfinished")
-A_DAY, A_MOMENT = 24 * 60 * 60, 10 * 60
+DAY, RECENT = 24 * 60 * 60, 10 * 60  # seconds
 
 
 def cache_folder(option: str | None) -> Path | None:
-    """The cache in the folder that ``svd_cache`` of a config names, or else the environment variable; else None."""
+    """The cache folder from ``svd_cache`` of a config or, without it, from the environment variable; else None."""
     name = option or os.environ.get(VARIABLE)
     if not name:
         return None
     try:
         return Path(name).expanduser() / FOLDER
-    except RuntimeError as error:  # of a user without a home
+    except RuntimeError as error:  # the user has no home directory
         _warn(f"The cache {name} is not used: {error}")
         return None
 
@@ -61,17 +61,20 @@ def cached(
     compute: Callable[[], dict[str, Tensor]],
     fits: Callable[[Mapping[str, Tensor]], bool],
 ) -> dict[str, Tensor]:
-    """What ``compute`` returns for the matrices, from the cache if it is there; it is left there if not.
+    """Returns the result of ``compute`` from the cache, or computes and stores it.
 
     Args:
-        folder: The cache, made if it does not exist; without one, everything is computed.
-        request: What the result depends on besides ``matrices``.
+        folder: The cache folder, created if it does not exist. If None, nothing is cached.
+        request: Everything that the result depends on, except ``matrices``.
         matrices: The weight.
-        compute: Makes the result, tensors by name.
-        fits: Whether tensors have the names, shapes and dtypes of such a result.
+        compute: Computes the result, as tensors by name.
+        fits: Whether tensors have the names, shapes and dtypes of a result.
+
+    Returns:
+        The tensors by name.
 
     Warns:
-        UserWarning: if the folder cannot be used, or holds a damaged file in the result's place.
+        UserWarning: if the folder cannot be used, or if the cached file is damaged.
     """
     if folder is None or not _is_usable(folder):
         return compute()
@@ -82,25 +85,25 @@ def cached(
         try:
             _write(path, found)
         except OSError as error:
-            _warn(f"A decomposition could not be left in the cache: {error}.")
+            _warn(f"A decomposition could not be written to the cache: {error}.")
     return found
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether the folder is a cache of ours, once it is made and marked if there is nothing in it."""
+    """Whether the folder is one of our caches. Creates it if missing, and marks it if empty."""
     try:
         folder.mkdir(mode=0o775, parents=True, exist_ok=True)
         if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
             _warn(f"The cache {folder} is not used: every user may write to it. Run chmod o-w on it.")
             return False
         tag = folder / TAG_FILE
-        # What systems leave behind is nobody's, and a cleaner may have taken the tag.
+        # Ignore hidden files of the system. A cleaner may have removed the tag from a cache of ours.
         others = (path.name for path in folder.iterdir() if not path.name.startswith("."))
         if not tag.is_file() and all(FINISHED_NAME.fullmatch(name) for name in others):
             with contextlib.suppress(FileExistsError), tag.open("x") as file:  # another process may be first
                 file.write(TAG)
         if not tag.is_file():
-            _warn(f"The cache {folder} is not used: it holds files, and no {TAG_FILE} of ours. Give another folder.")
+            _warn(f"The cache {folder} is not used: it holds files, but no {TAG_FILE} of ours. Give another folder.")
             return False
     except OSError as error:
         _warn(f"The cache {folder} is not used: {error}.")
@@ -109,36 +112,36 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"{message} The cache is named by `svd_cache` or {VARIABLE}.", stacklevel=2)
+    warnings.warn(f"{message} The cache folder is set by `svd_cache` or {VARIABLE}.", stacklevel=2)
 
 
 def _hash_of_weight(request: tuple[object, ...], matrices: Tensor) -> str:
-    """SHA-256 over the request, the dtype, the shape and the content."""
+    """SHA-256 of the request and of the weight's dtype, shape and content, in hexadecimal digits."""
     whole = hashlib.sha256(repr(request).encode())
     add_tensor(whole, matrices)
     return whole.hexdigest()
 
 
 def _read(path: Path, fits: Callable[[Mapping[str, Tensor]], bool]) -> dict[str, Tensor] | None:
-    """The tensors of a file; None if it is not there, damaged or not what was asked for."""
+    """The tensors of a file, or None if it is missing, damaged or does not fit the request."""
     if not _is_regular(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
             digest = (file.metadata() or {}).get("digest")
-            # Copies, because a mapped file that somebody truncates or overwrites later would take them along.
+            # Copy: the tensors of a mapped file change if another process truncates or overwrites it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
-    # RuntimeError is torch's, which opens the file a second time, when it may just have been removed.
+    # torch opens the file a second time, and raises a RuntimeError if it was removed in between.
     except (OSError, RuntimeError, SafetensorError):
         tensors, digest = {}, None
     whole = digest is not None and fits(tensors) and digest == digest_of_all(tensors)
-    # Vectors have length one, and S and 1 / S are in float64, so a sum is finite where all is; it needs no memory.
+    # The sum of finite values is finite here: vectors have unit length, S and 1 / S are float64. It needs no memory.
     if not whole or not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in tensors.values()):
         if path.exists():
             _warn(f"{path} is damaged, so its weight is decomposed again.")
         return None
-    with contextlib.suppress(OSError):  # a folder that others write to, and we only read
-        os.utime(path)  # the time of its last use
+    with contextlib.suppress(OSError):  # the folder may be read-only for us
+        os.utime(path)  # marks it as recently used
     return tensors
 
 
@@ -151,40 +154,41 @@ def _is_regular(path: Path) -> bool:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if 2 * size > shutil.disk_usage(path.parent).free or not _make_room(path.parent, size):
+    if 2 * size > shutil.disk_usage(path.parent).free or not _free_space(path.parent, size):
         return
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".unfinished")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(save(on_cpu, metadata={"digest": digest_of_all(on_cpu)}))
-        os.chmod(name, stat.S_IMODE((path.parent / TAG_FILE).stat().st_mode))  # temporary files are for one user only
+        # A temporary file is readable by its owner only.
+        os.chmod(name, stat.S_IMODE((path.parent / TAG_FILE).stat().st_mode))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _make_room(folder: Path, size: int) -> bool:
-    """Whether a file of that size has room beside the others in `MAXIMUM_BYTES`, once the least recently used ones and
-    what killed writers have left are removed.
+def _free_space(folder: Path, size: int) -> bool:
+    """Removes old files until ``size`` more bytes fit within `MAXIMUM_BYTES`, and returns whether they do.
 
-    Files that were used a moment ago stay: they belong to the model that is being loaded. If it has more of them than
-    there is room for, the first ones are kept, because each would otherwise remove what is needed next.
+    It removes the least recently used files, and temporary files of killed processes. It keeps files used within
+    `RECENT`, because they belong to the model that is being loaded. If that model exceeds the cache, its first files
+    stay. Otherwise each file would evict the one that is needed next.
     """
     files = []
     for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process makes room, too
+        with contextlib.suppress(OSError):  # another process may remove files at the same time
             status = path.lstat()
             age = time.time() - status.st_mtime
             if not stat.S_ISREG(status.st_mode):
                 continue
-            if UNFINISHED_NAME.fullmatch(path.name) and age > A_DAY:
+            if UNFINISHED_NAME.fullmatch(path.name) and age > DAY:
                 path.unlink()
             elif FINISHED_NAME.fullmatch(path.name):
                 files.append((age, status.st_size, path))
     excess = sum(taken for _, taken, _ in files) + size - MAXIMUM_BYTES
     for age, taken, path in sorted(files, reverse=True):
-        if excess <= 0 or age < A_MOMENT:
+        if excess <= 0 or age < RECENT:
             break
         with contextlib.suppress(OSError):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Whether the values of a config are of the types and in the ranges that its fields take."""
+"""Validates the types and ranges of a config's fields."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from svdtune.spectrum import FINGERPRINT_LENGTH
 NONLINEARITIES = ("relu", "none")
 BIASES = ("none", "all", "svd_scale_shift_only")
 SWITCHES = ("scale", "shift", "one_sided", "strict", "init_weights", "inference_mode")
-# So many names a config may have whatever the model.
-LEAST_NAMES = 100
-# Compiling one takes up to a millisecond. A sum of adapters has one a layer.
-MOST_EXPRESSIONS = 10_000
-# Characters that make a name an expression. PEFT matches the names in `modules_to_save` as such.
-OF_EXPRESSIONS = set("*+?()[]{}|^$\\")
+# A config may have this many names, however small the model is.
+ALWAYS_ALLOWED = 100
+# Compiling an expression takes up to a millisecond. A sum of adapters has one expression per layer.
+MAX_EXPRESSIONS = 10_000
+# Characters with a meaning in regular expressions. PEFT matches the names in `modules_to_save` as expressions.
+EXPRESSION_CHARACTERS = set("*+?()[]{}|^$\\")
 
 
 def check_choices(config: Any) -> None:
-    """Makes sure that a `SVDScaleShiftConfig` can be worked with.
+    """Validates all fields of a `SVDScaleShiftConfig`.
 
     Raises:
-        ValueError: with the name of the field, its value, and what it can be.
+        ValueError: if a field is invalid. The message gives its name, its value and the allowed values.
     """
     for name in SWITCHES:
         _require(isinstance(getattr(config, name), bool), name, config, "True or False")
@@ -38,14 +38,14 @@ def check_choices(config: Any) -> None:
     _check_targets(config)
     _check_layers(config)
     _check_ranks(config)
-    _check_trained_whole(config)
+    _check_fully_trained(config)
     _check_records(config)
     if not (config.scale or config.shift):
-        raise ValueError("Nothing would learn: `scale` and `shift` cannot both be False.")
+        raise ValueError("Nothing would learn: `scale` and `shift` cannot both be False. Set one of them to True.")
 
 
 def expressions_of(config: Any) -> dict[str, str]:
-    """The regular expressions of a config, written as PEFT matches them, by what they are called in messages."""
+    """The regular expressions of a config, in the form that PEFT matches, by their names in error messages."""
     expressions = {
         f"`{name}`": value
         for name in ("target_modules", "exclude_modules")
@@ -59,20 +59,20 @@ def expressions_of(config: Any) -> dict[str, str]:
 def _check_targets(config: Any) -> None:
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
-        can_be = value is None or isinstance(value, str) or _is_names(value, (list, tuple, set, frozenset))
-        _require(can_be, name, config, "a list of names, a regular expression, or None")
+        is_valid = value is None or isinstance(value, str) or _are_names(value, (list, tuple, set, frozenset))
+        _require(is_valid, name, config, "a list of names, a regular expression, or None")
     parameters = config.target_parameters
-    can_be = parameters is None or _is_names(parameters, (list, tuple, set))
-    _require(can_be, "target_parameters", config, "a list of names, or None")
+    is_valid = parameters is None or _are_names(parameters, (list, tuple, set))
+    _require(is_valid, "target_parameters", config, "a list of names, or None")
 
 
 def _check_layers(config: Any) -> None:
     indices = config.layers_to_transform
-    can_be = indices is None or _is_index(indices) or (isinstance(indices, list) and all(map(_is_index, indices)))
-    _require(can_be, "layers_to_transform", config, "a number from 0 up, a list of them, or None")
+    is_valid = indices is None or _is_index(indices) or (isinstance(indices, list) and all(map(_is_index, indices)))
+    _require(is_valid, "layers_to_transform", config, "a number from 0 up, a list of them, or None")
     pattern = config.layers_pattern
-    can_be = pattern is None or isinstance(pattern, str) or _is_names(pattern, (list,))
-    _require(can_be, "layers_pattern", config, "a name, a list of names, or None")
+    is_valid = pattern is None or isinstance(pattern, str) or _are_names(pattern, (list,))
+    _require(is_valid, "layers_pattern", config, "a name, a list of names, or None")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, not as a string.")
     if isinstance(config.target_modules, str) and config.layers_pattern is not None:
@@ -85,8 +85,8 @@ def _check_ranks(config: Any) -> None:
     pattern = config.rank_pattern
     is_pattern = isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)
     _require(is_pattern, "rank_pattern", config, "a dictionary of regular expressions to ranks")
-    if len(pattern) > MOST_EXPRESSIONS:
-        raise ValueError(f"`rank_pattern` has {len(pattern)} entries; it can have up to {MOST_EXPRESSIONS}.")
+    if len(pattern) > MAX_EXPRESSIONS:
+        raise ValueError(f"`rank_pattern` has {len(pattern)} entries; it can have up to {MAX_EXPRESSIONS}.")
     check_expressions(expressions_of(config))
     for name, rank in {
         "rank": config.rank,
@@ -100,26 +100,28 @@ def _check_ranks(config: Any) -> None:
             )
 
 
-def _check_trained_whole(config: Any) -> None:
+def _check_fully_trained(config: Any) -> None:
     modules = config.modules_to_save
-    can_be = modules is None or _is_names(modules, (list, tuple, set))
-    can_be = can_be and not any(OF_EXPRESSIONS & set(name) for name in modules or ())
-    _require(can_be, "modules_to_save", config, "a list of modules' names, or None")
+    is_valid = modules is None or _are_names(modules, (list, tuple, set))
+    is_valid = is_valid and not any(EXPRESSION_CHARACTERS & set(name) for name in modules or ())
+    _require(is_valid, "modules_to_save", config, "a list of modules' names, or None")
     tokens = config.trainable_token_indices
     lists: Any = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
     named = not isinstance(tokens, Mapping) or all(isinstance(name, str) and name for name in tokens)
-    can_be = named and all(isinstance(rows, (list, tuple)) and all(map(_is_index, rows)) for rows in lists)
-    _require(can_be, "trainable_token_indices", config, "a list of rows from 0 up, a dictionary of lists, or None")
+    is_valid = named and all(isinstance(rows, (list, tuple)) and all(map(_is_index, rows)) for rows in lists)
+    _require(is_valid, "trainable_token_indices", config, "a list of rows from 0 up, a dictionary of lists, or None")
 
 
 def check_counts(config: Any, model: nn.Module) -> None:
-    """Makes sure that a config from a file names no more modules than there are; PEFT takes long over longer lists.
+    """Checks that a config from a file does not name more modules than the model has.
+
+    PEFT's matching is slow for long lists, so a hostile file could keep the process busy.
 
     Raises:
-        ValueError: with the name of the field.
+        ValueError: if a list is too long. The message names the field.
     """
-    things = sum(1 for _ in model.modules()) + sum(1 for _ in model.parameters())
-    most = max(LEAST_NAMES, things)
+    available = sum(1 for _ in model.modules()) + sum(1 for _ in model.parameters())
+    limit = max(ALWAYS_ALLOWED, available)
     fields = (
         "target_modules",
         "exclude_modules",
@@ -130,15 +132,17 @@ def check_counts(config: Any, model: nn.Module) -> None:
     )
     for name in fields:
         value = getattr(config, name)
-        if value is not None and not isinstance(value, str) and len(value) > most:
-            raise ValueError(f"`{name}` has {len(value)} entries, but this model has {things} modules and parameters.")
+        if value is not None and not isinstance(value, str) and len(value) > limit:
+            raise ValueError(
+                f"`{name}` has {len(value)} entries, but this model has {available} modules and parameters."
+            )
 
 
 def check_token_rows(config: Any, model: nn.Module) -> None:
-    """Makes sure that the embeddings have the rows that ``trainable_token_indices`` names.
+    """Checks that the embeddings have all rows in ``trainable_token_indices``.
 
     Raises:
-        ValueError: with the embedding's name and its number of rows, if one has fewer.
+        ValueError: if a row does not exist. The message names the embedding and its number of rows.
     """
     tokens = config.trainable_token_indices or {}
     if not isinstance(tokens, Mapping):
@@ -160,16 +164,16 @@ def check_token_rows(config: Any, model: nn.Module) -> None:
 
 
 def _check_records(config: Any) -> None:
-    """What a file says of itself. NaN is no fingerprint, but is refused only where it is compared."""
+    """Checks fingerprints and digests. NaN is allowed here, because `check_fingerprints` handles it."""
     fingerprints, digests = config.fingerprints, config.digests
-    can_be = fingerprints is None or (
+    is_valid = fingerprints is None or (
         isinstance(fingerprints, Mapping) and all(map(_is_fingerprint, fingerprints.values()))
     )
-    _require(can_be, "fingerprints", config, f"a dictionary of lists of {FINGERPRINT_LENGTH} numbers, or None")
-    can_be = digests is None or (
+    _require(is_valid, "fingerprints", config, f"a dictionary of lists of {FINGERPRINT_LENGTH} numbers, or None")
+    is_valid = digests is None or (
         isinstance(digests, Mapping) and all(isinstance(digest, str) for digest in digests.values())
     )
-    _require(can_be, "digests", config, "a dictionary of strings, or None")
+    _require(is_valid, "digests", config, "a dictionary of strings, or None")
 
 
 def _is_fingerprint(value: Any) -> bool:
@@ -184,7 +188,7 @@ def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _is_names(value: Any, types: tuple[type, ...]) -> bool:
+def _are_names(value: Any, types: tuple[type, ...]) -> bool:
     return isinstance(value, types) and all(isinstance(name, str) and name for name in cast(Iterable[Any], value))
 
 

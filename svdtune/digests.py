@@ -1,4 +1,4 @@
-"""Digests of tensors: whether what is read is what was written. They find damage, and are no signature."""
+"""Digests of tensors, to detect damaged files. They are not signatures: anyone can compute a matching digest."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# Content is hashed in pieces of that many bytes, several at a time.
+# Content is hashed in pieces of this many bytes, several in parallel.
 PIECE_BYTES = 2**20
-# Hexadecimal digits that are kept of the digest of one tensor.
+# Number of hexadecimal digits kept per tensor.
 DIGITS = 16
-# What PEFT puts before the names of a model's tensors in an adapter file.
+# PEFT's prefix of tensor names in an adapter file.
 PEFT_PREFIX = "base_model.model."
 
 
 def add_tensor(whole: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds dtype, shape and content of a tensor, on any device, to a hash."""
+    """Updates a hash with a tensor's dtype, shape and content. The tensor may be on any device."""
     content = cast(memoryview, tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
     whole.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
     pieces = [content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES)]
@@ -36,7 +36,7 @@ def add_tensor(whole: hashlib._Hash, tensor: Tensor) -> None:
 
 
 def digest_of_all(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and contents of tensors, in hexadecimal digits."""
+    """SHA-256 of the names, dtypes, shapes and contents of tensors, in hexadecimal digits."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
         whole.update(name.encode())
@@ -45,9 +45,9 @@ def digest_of_all(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_of_each(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A short digest of each tensor over its name, dtype, shape and content, by its name in the base model.
+    """A short digest per tensor of its name, dtype, shape and content, by its name in the base model.
 
-    Tensors without content here (on the meta device, or sharded) have none.
+    Tensors on the meta device and sharded tensors are skipped, because their content is not available.
     """
     digests = {}
     for key, tensor in tensors.items():
@@ -60,11 +60,11 @@ def digest_of_each(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class Measurement:
-    """The digests of tensors at a time, and whether they have changed since.
+    """A snapshot of the digests of tensors. It can tell whether they have changed since.
 
     Args:
-        tensors: What is about to be saved.
-        others: Digests of what goes with them.
+        tensors: The tensors that are about to be saved.
+        others: More digests to store with them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> None:
@@ -74,15 +74,15 @@ class Measurement:
         self._versions = [(tensor, tensor._version) for tensor in tracked]
 
     def is_stale(self) -> bool:
-        """Whether a tensor was changed in place, as an optimizer does."""
+        """Whether a tensor was modified in place after the snapshot, as an optimizer does."""
         return any(tensor._version != version for tensor, version in self._versions)
 
 
 def digests_of_file(path: Path) -> dict[str, str]:
-    """`digest_of_each` tensor of a safetensors file.
+    """The digests of all tensors of a safetensors file; see `digest_of_each`.
 
     Raises:
-        SafetensorError: if the file is not whole.
+        SafetensorError: if the file is incomplete.
     """
     with safe_open(path, framework="pt") as file:
         return digest_of_each({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,8 +1,8 @@
-"""Regular expressions of a config: whether Python can compile them, and match them in bounded time.
+"""Checks that the regular expressions of a config compile, and match within a time limit.
 
-PEFT matches expressions against the names of all modules with Python's `re`, which can take longer than anybody waits:
-``(a+)+b`` takes twice as long for each further letter. An adapter of a stranger can hold such an expression. So every
-expression that is not plainly harmless is first tried on the same names in a child process, which has a time limit.
+PEFT matches expressions against the names of all modules with Python's `re`. Matching can take exponential time: each
+additional letter doubles the time of ``(a+)+b``. An untrusted adapter can contain such an expression. Unless an
+expression is obviously fast, it is first matched against the same names in a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 SECONDS = 5
-# An expression with more than this is tried in the child process.
+# An expression that exceeds one of these is tested in the child process.
 HARMLESS_LENGTH = 1000
 HARMLESS_REPEATS = 2
 HARMLESS_OPTIONS = 4
@@ -30,46 +30,48 @@ for title, expression, names in json.load(sys.stdin):
 
 
 def check_expressions(expressions: Mapping[str, str]) -> None:
-    """Makes sure that each expression is one.
+    """Checks that each expression is valid.
 
     Args:
-        expressions: What each is called, such as "`target_modules`", to the expression.
+        expressions: Expressions by their names in messages, such as "`target_modules`".
 
     Raises:
-        ValueError: with what it is called, if Python cannot compile one.
+        ValueError: if Python cannot compile an expression. The message names it.
     """
     for title, expression in expressions.items():
-        if len(expression) > HARMLESS_LENGTH:  # compiling takes long, too
+        if len(expression) > HARMLESS_LENGTH:  # compiling may be slow, too
             check_time({title: expression}, [])
             continue
         try:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{title} is no regular expression: {error}.") from error
+            raise ValueError(f"{title} is not a valid regular expression: {error}.") from error
 
 
 def check_time(expressions: Mapping[str, str], names: Iterable[str]) -> None:
-    """Makes sure that matching the expressions against the names comes to an end soon.
+    """Checks that matching the expressions against the names takes less than `SECONDS`.
 
     Args:
-        expressions: What each is called to the expression, written as PEFT will match it.
+        expressions: Expressions by their names in messages, in the form that PEFT matches.
         names: The names of the modules.
 
     Raises:
-        ValueError: with what it is called, if one takes longer than `SECONDS`.
+        ValueError: if an expression takes longer. The message names it.
     """
     suspects = {title: text for title, text in expressions.items() if not _is_harmless(text)}
-    slow = _slow_one(suspects, list(names)) if suspects else None
+    slow = _find_slow(suspects, list(names)) if suspects else None
     if slow is not None:
         raise ValueError(
             f"{slow} takes more than {SECONDS} seconds to be matched against the names of this model's modules. Write "
-            "it without repetitions inside of repetitions, or as a list of names."
+            "it without nested repetitions, or as a list of names."
         )
 
 
 def _is_harmless(expression: str) -> bool:
-    """Whether it repeats single characters alone, and that at most twice: then its time grows with the square of a
-    name's length at most. Options such as ``(...)?`` double the time each."""
+    """Whether the expression repeats only single characters, at most twice.
+
+    Its time is then at most quadratic in the length of a name. Each option such as ``(...)?`` doubles the time.
+    """
     repeats = sum(map(expression.count, "*+"))
     compound = re.search(r"\)[*+{]|\{|\\[1-9]|\(\?[^:P]|\(\?P[^<]", expression)
     options = expression.count("?")
@@ -81,8 +83,8 @@ def _is_harmless(expression: str) -> bool:
     )
 
 
-def _slow_one(expressions: Mapping[str, str], names: list[str]) -> str | None:
-    """Which of the expressions was being matched when the time was over; None if it was enough for all."""
+def _find_slow(expressions: Mapping[str, str], names: list[str]) -> str | None:
+    """The name of the expression that was being matched at the timeout, or None without a timeout."""
     trial = json.dumps([(title, expression, names) for title, expression in expressions.items()])
     command = [sys.executable or "python3", "-I", "-S", "-c", TRIAL]
     try:
@@ -92,7 +94,7 @@ def _slow_one(expressions: Mapping[str, str], names: list[str]) -> str | None:
     except subprocess.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace").splitlines() or [str(error)]
         title = ((error.output or b"").decode().splitlines() or ["an expression"])[-1]
-        raise ValueError(f"{title} is no regular expression: {reason[-1]}.") from error
+        raise ValueError(f"{title} is not a valid regular expression: {reason[-1]}.") from error
     except OSError as error:
-        raise ValueError(f"an expression could not be tried in a process of its own ({error}).") from error
+        raise ValueError(f"an expression could not be tested in a child process ({error}).") from error
     return None

@@ -1,4 +1,4 @@
-"""What an adapter's folder holds beside the values themselves."""
+"""Checks and writes the files of an adapter folder: config, model card and file permissions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from svdtune.digests import Measurement, digests_of_file
 from svdtune.installing import how_to_install
 
-# Where the digests of a config hold the one of its own choices. Names of tensors have no such form.
+# The key in `digests` of the digest of the config's own fields. No tensor has such a name.
 CHOICES = CONFIG_NAME
 MODEL_CARD = "README.md"
-# A file system's clock may be that much behind.
-CLOCK_SECONDS = 0.02
+# The clock of a file system may lag by this many seconds.
+CLOCK_LAG = 0.02
 HOW_TO_LOAD = """
 ## How to load this adapter
 
-Its method comes from the package `svdtune` (`{install}`); import it first, and PEFT knows the method.
+The package `svdtune` (`{install}`) provides the method. Import it before loading, so that PEFT knows the method.
 
 ```python
 import svdtune  # registers SVD_SCALE_SHIFT
@@ -36,10 +36,10 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 
 
 def check_config_file(folder: Path) -> None:
-    """Makes sure that the config in a local adapter folder is a JSON object, where it is.
+    """Checks that the config in a local adapter folder, if there is one, is a JSON object.
 
     Raises:
-        ValueError: with the name of the file, if it is something else.
+        ValueError: if it is not. The message names the file.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -47,29 +47,29 @@ def check_config_file(folder: Path) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}). Copy or download it again.") from error
+        raise ValueError(f"{path} is not JSON ({error}). Copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object. Copy or download it again.")
+        raise ValueError(f"{path} is not a JSON object. Copy or download it again.")
 
 
 def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Makes sure that the weights in a local adapter folder are whole, and those that were saved.
+    """Checks the weights in a local adapter folder against their digests.
 
     Args:
-        folder: The folder; nothing is checked where it holds no safetensors file.
-        digests: Those of the config beside it; empty for adapters from before there were any.
+        folder: The folder. Without a safetensors file, nothing is checked.
+        digests: Digests from the config, by tensor name. Older adapters have none.
 
     Returns:
         Whether there was a file to check.
 
     Raises:
-        ValueError: with the name of the file, and of the tensor if it is one that is missing or has changed.
+        ValueError: if the file is incomplete, or if a tensor is missing or has changed. The message names it.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not os.path.lexists(path):
         return False
     if not path.is_file():
-        raise ValueError(f"{path} is no file. Copy or download it again.")
+        raise ValueError(f"{path} is not a file. Copy or download it again.")
     try:
         found = digests_of_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -82,10 +82,15 @@ def check_adapter_file(folder: Path, digests: Mapping[str, str]) -> bool:
 
 
 def check_digests(source: str, found: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Makes sure that tensors are those that were saved.
+    """Compares digests of tensors with the saved ones.
+
+    Args:
+        source: The file or adapter, for the message.
+        found: Digests of the tensors that were read, by name.
+        digests: The saved digests, by name.
 
     Raises:
-        ValueError: with ``source`` and the name of a tensor that has changed.
+        ValueError: if a tensor has changed. The message names it and ``source``.
     """
     for name in found.keys() & digests.keys():
         if found[name] != digests[name]:
@@ -96,20 +101,21 @@ def check_digests(source: str, found: Mapping[str, str], digests: Mapping[str, s
 
 
 def digests_to_save(folder: Path, measured: Measurement) -> dict[str, str]:
-    """The digests of the weights that the config is saved with.
+    """The digests to save in the config.
 
-    PEFT's `PeftModel` writes them before the config, and may add embeddings to them; so may somebody by hand, in
-    another dtype. Then the file is what counts. transformers writes them after the config, perhaps over older ones.
+    `PeftModel` writes the weights before the config. It may add embeddings, and a user may have changed the dtype, so
+    the digests come from the file. transformers writes the weights after the config, perhaps over an older file. Then
+    the digests come from ``measured``, unless a tensor has changed since.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     with contextlib.suppress(SafetensorError, OSError, RuntimeError, ValueError):
-        if path.stat().st_mtime > measured.time - CLOCK_SECONDS:
+        if path.stat().st_mtime > measured.time - CLOCK_LAG:
             return {**digests_of_file(path), CHOICES: measured.digests[CHOICES]}
     return {} if measured.is_stale() else measured.digests
 
 
-def mention_plugin(folder: Path) -> None:
-    """Adds to the folder's model card, or starts one, that loading needs this package."""
+def complete_model_card(folder: Path) -> None:
+    """Adds a section on loading to the folder's model card, and creates the card if necessary."""
     path = folder / MODEL_CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\ntags:\n- svdtune\n---\n"
     if "import svdtune" in card:
@@ -118,7 +124,7 @@ def mention_plugin(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, which also replaces a link and not what it leads to."""
+    """Writes a file atomically, by renaming a temporary file. A symbolic link is replaced, not followed."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several processes may save at once
     try:
         temporary.write_bytes(content)
@@ -129,21 +135,21 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove_link(path: Path) -> None:
-    """Removes a link, so that what is written next does not go where it leads."""
+    """Removes ``path`` if it is a symbolic link, so that the next write does not follow it."""
     if path.is_symlink():
         path.unlink()
 
 
 def finish_adapter_files(folder: Path) -> None:
-    """Gives the files the rights of the config, and has them written to the disk.
+    """Gives all files the permissions of the config, and flushes them to disk.
 
-    The config was made by `open`, so it has the rights that the umask leaves; safetensors gives none to others.
+    `open` created the config, so its permissions follow the umask. safetensors makes files readable by the owner only.
     """
     mode = stat.S_IMODE((folder / CONFIG_NAME).stat().st_mode)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MODEL_CARD):
         path = folder / name
         if path.is_file() and not path.is_symlink():
-            with contextlib.suppress(OSError):  # it may be somebody else's
+            with contextlib.suppress(OSError):  # another user may own it
                 path.chmod(mode)
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Weights in float8, for which torch has hardly a function."""
+"""Weights in float8, which few functions of torch support."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ def is_float8(tensor: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor, in bfloat16 if it is in float8: that holds all its values."""
+    """Converts a float8 tensor to bfloat16, which represents its values exactly. Returns other tensors unchanged."""
     return tensor.bfloat16() if is_float8(tensor) else tensor

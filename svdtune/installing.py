@@ -1,4 +1,4 @@
-"""How this package is installed, as model cards and messages say it."""
+"""The install command of this package, for model cards and messages."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, metadata
 
 PACKAGE = "svdtune"
-# Which of the addresses under [project.urls] in pyproject.toml, by the names that they usually have there.
+# Usual labels of the repository under [project.urls] in pyproject.toml.
 REPOSITORY = ("repository", "source", "source code", "github")
 
 
 def how_to_install() -> str:
-    """What to run: with the repository's address if the package was built with it, otherwise in a checkout.
+    """The install command: from the repository's address if the metadata contains it, otherwise from a checkout.
 
-    No index of packages has this one, so ``pip install svdtune`` is not it.
+    It is not ``pip install svdtune``, because no package index has this package.
     """
     address = repository_address(_project_urls())
     return f'pip install "{PACKAGE} @ git+{address}"' if address else f"pip install . in a checkout of {PACKAGE}"
 
 
 def repository_address(project_urls: Iterable[str]) -> str | None:
-    """The repository's address among ``Project-URL`` entries of a package's metadata, "label, address"."""
+    """The repository's address among the ``Project-URL`` entries of package metadata ("label, address"), or None."""
     for entry in project_urls:
         label, _, address = entry.partition(",")
         if label.strip().lower() in REPOSITORY:
@@ -31,5 +31,5 @@ def repository_address(project_urls: Iterable[str]) -> str | None:
 def _project_urls() -> list[str]:
     try:
         return metadata(PACKAGE).get_all("Project-URL") or []
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # the package runs from a checkout and is not installed
         return []

@@ -1,4 +1,4 @@
-"""Which modules of a model are tuned, and what takes their place."""
+"""The tuned model: PEFT's interface for adding, saving, loading and combining adapters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from svdtune.adapter_state import (
     check_fingerprints,
     check_values,
+    file_keys,
     fingerprints_of,
-    names_in_file,
-    tensors_trained_whole,
+    fully_trained_tensors,
 )
 from svdtune.arithmetic import (
     check_combination,
-    combine_changes,
-    config_of_combination,
+    combine_deltas,
+    combined_config,
     count_shared_modules_to_save,
 )
 from svdtune.choices import check_counts, check_token_rows, expressions_of
@@ -33,15 +33,15 @@ from svdtune.files import CHOICES, check_digests
 from svdtune.layer import SVDScaleShiftLayer
 from svdtune.learned import LearnedVector, in_present_format
 from svdtune.mixed_batch import adapter_of_each_sample
-from svdtune.places import Place, places_of_each, twins_of_each
+from svdtune.places import Place, find_twins, shared_places
 from svdtune.targets import DEFAULT_TARGET_MODULES, default_by_class
 from svdtune.wrapping import new_layer, update_existing_layer
 
 
 class SVDScaleShiftModel(BaseTuner):
-    """A model whose targeted layers learn a scale and a shift of their singular values.
+    """A model whose target layers train a scale and a shift of their singular values.
 
-    Made by ``peft.get_peft_model(model, SVDScaleShiftConfig(...))``; see `SVDScaleShiftConfig` for the choices.
+    `peft.get_peft_model` creates it from an `SVDScaleShiftConfig`, which describes all settings.
 
     Example:
 
@@ -55,28 +55,42 @@ class SVDScaleShiftModel(BaseTuner):
     tuner_layer_cls = SVDScaleShiftLayer
     target_module_mapping = DEFAULT_TARGET_MODULES  # type: ignore[assignment]  # PEFT takes regular expressions too
     peft_config: dict[str, SVDScaleShiftConfig]  # type: ignore[assignment]
-    # While modules are replaced; see `places`.
+    # Set only while modules are replaced; see `svdtune/places.py`.
     _places: dict[int, list[Place]] = {}
     _twins: dict[int, list[tuple[str, Place]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter's layers to ``model``; see `check_fingerprints` for what it warns of."""
+        """Adds an adapter's layers to ``model``.
+
+        Args:
+            model: The model to modify in place.
+            adapter_name: Name of the adapter, whose config is in ``peft_config``.
+            *args: Further arguments of PEFT's own method.
+            **kwargs: Further arguments of PEFT's own method.
+
+        Warns:
+            UserWarning: if the adapter was trained on another base model; see `check_fingerprints`.
+
+        Raises:
+            ValueError: if the config does not fit the model, or if a weight cannot be decomposed.
+            TypeError: if a target module has an unsupported type.
+        """
         config = self.peft_config[adapter_name]
         check_time(expressions_of(config), (name for name, _ in model.named_modules()))
         check_token_rows(config, model)
         if config.read_from_file:
             check_counts(config, model)
-        with self._replacing_everywhere(model):
+        with self._replace_everywhere(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]  # PEFT may have put another one in its place
+        config = self.peft_config[adapter_name]  # PEFT may have replaced it
         check_fingerprints(model, adapter_name, config)
         if not config.inference_mode:
-            # What is trained here is made for the weights here.
+            # Training continues on the weights of this model, so the saved records no longer apply.
             config.fingerprints, config.digests = None, None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Looks up the default targets; a model that has none needs none where parameters are targeted."""
-        model_type = model_config.get("model_type")  # diffusers' configs have none
+        """Sets the default targets. A config with ``target_parameters`` needs none."""
+        model_type = model_config.get("model_type")  # None for diffusers' configs
         if model_type not in self.target_module_mapping:
             if peft_config.target_parameters:
                 return peft_config
@@ -108,31 +122,32 @@ class SVDScaleShiftModel(BaseTuner):
             self._replace_module(parent, target_name, new_module, target)
             for name, (twin_parent, twin_name) in self._twins.get(id(target), ()):
                 matched = self._check_target_module_exists(config, name)
-                if matched is None or matched is False:  # neither a target of its own, nor excluded by name
+                if matched is None or matched is False:  # not a target itself, and not excluded by name
                     setattr(twin_parent, twin_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        with self._replacing_everywhere(self.model):
+        with self._replace_everywhere(self.model):
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
-    def _replacing_everywhere(self, model: nn.Module) -> Iterator[None]:
-        """While open, a module with several parents, or with twins, is replaced under each."""
-        self._places, self._twins = places_of_each(model), twins_of_each(model)
+    def _replace_everywhere(self, model: nn.Module) -> Iterator[None]:
+        """A context in which a module is replaced under all its parents, and its twins with it."""
+        self._places, self._twins = shared_places(model), find_twins(model)
         try:
             yield
         finally:
             self._places, self._twins = {}, {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # A tuned layer is made where its base layer computes, and a module that comes back is whole. PEFT would move
-        # the one to where an offloaded weight is kept, and set the other's `weight`, which HQQ's layers have not.
+        # Override PEFT's method, which does two wrong things here. It moves a new layer to the device of an offloaded
+        # weight, although the layer is already on the right device. It also sets `weight` on a restored module, which
+        # HQQ's layers do not have.
         setattr(parent, child_name, new_module)
         for other_parent, name in self._places.get(id(child), ()):
             setattr(other_parent, name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leaves A and B in float32, as they are made, unless the dtype of the base weight is asked for."""
+        """Casts A and B to the dtype of the base weight if ``autocast_adapter_dtype`` is False; else keeps float32."""
         if not autocast_adapter_dtype:
             for module in self.modules():
                 if isinstance(module, SVDScaleShiftLayer):
@@ -140,23 +155,23 @@ class SVDScaleShiftModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        """Takes fingerprints and digests, when an adapter is about to be saved, for its config to be saved with."""
+        """Returns the tensors to save, and stores fingerprints and digests in the config, which PEFT saves next."""
         saved = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        whole = tensors_trained_whole(model, adapter_name, kwargs["state_dict"])
+        whole = fully_trained_tensors(model, adapter_name, kwargs["state_dict"])
         in_file = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in saved.items()}
         config.measured_fingerprints = fingerprints_of(model, adapter_name)
         config.measured = Measurement({**in_file, **whole}, {CHOICES: config.digest_of_choices()})
-        config.unchecked_digests = {}  # what is in the model now counts
+        config.unchecked_digests = {}  # superseded by the values in the model
         return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Names an adapter's values as the model does, and makes sure that there is one for each."""
+        """Renames the tensors of an adapter file to the names in the model, and checks that they are complete."""
         digests, config.unchecked_digests = config.unchecked_digests, {}
         if digests:
-            in_file = names_in_file(model, adapter_name)
+            in_file = file_keys(model, adapter_name)
             given = {in_file.get(key, key): tensor for key, tensor in state_dict.items()}
             check_digests(f"The adapter {adapter_name!r}", digest_of_each(given), digests)
         present = in_present_format(state_dict)
@@ -166,7 +181,7 @@ class SVDScaleShiftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way to pass ``adapter_names`` to the layers without the model in between knowing of them."""
+        """Passes ``adapter_names`` of a mixed batch to the layers. The base model's forward does not accept them."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -184,23 +199,26 @@ class SVDScaleShiftModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Adds an adapter that is a weighted combination of others.
+        """Adds a new adapter that is a weighted combination of others.
 
-        The linear combination is exact: its change of each weight is the weighted sum of theirs (see `arithmetic`).
-        Modules and tokens that an adapter has trained whole take no part in it, of which a warning tells.
+        The linear combination is exact: it changes each weight by the weighted sum of the adapters' changes (see
+        `svdtune/arithmetic.py`).
 
         Args:
             adapters: Names of the adapters to combine.
-            weights: One weight for each, of either sign.
+            weights: One weight per adapter; may be negative.
             adapter_name: Name of the new adapter.
-            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"; PEFT's own functions,
-                applied to the changes of the singular values.
-            density: Which share of the values the last four keep, above 0 and up to 1.
-            majority_sign_method: "total" or "frequency", for the two kinds of ties.
+            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune". PEFT's functions of
+                these names are applied to the changes of the singular values.
+            density: Fraction of values to keep, in (0, 1]. All types except "linear" need it.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+
+        Warns:
+            UserWarning: if an adapter has fully trained modules or tokens, which are not combined.
 
         Raises:
-            ValueError: for an unknown adapter or combination, a name that is taken, another number of weights, or
-                adapters that each have a copy of one module (``modules_to_save``), which are not added.
+            ValueError: if an adapter or the combination is unknown, the new name is taken, or the number of weights is
+                wrong. Also if several adapters have a copy of one module in ``modules_to_save``.
         """
         check_combination(combination_type, density, majority_sign_method)
         unknown = [name for name in adapters if name not in self.peft_config]
@@ -211,7 +229,7 @@ class SVDScaleShiftModel(BaseTuner):
         if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
         if adapter_name in self.peft_config:
-            raise ValueError(f"There is an adapter {adapter_name!r} already.")
+            raise ValueError(f"There is an adapter {adapter_name!r} already. Choose another name.")
 
         shared = count_shared_modules_to_save(self.model, adapters)
         if shared:
@@ -225,7 +243,7 @@ class SVDScaleShiftModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, SVDScaleShiftLayer) and any(layer.has_adapter(adapter) for adapter in adapters)
         }
-        self.peft_config[adapter_name] = config_of_combination(
+        self.peft_config[adapter_name] = combined_config(
             [self.peft_config[adapter] for adapter in adapters], adapters, layers
         )
         self.inject_adapter(self.model, adapter_name)
@@ -237,7 +255,7 @@ class SVDScaleShiftModel(BaseTuner):
             ]
             changes = [layer.change_of_singular_values(adapter) for adapter, _ in ours]
             weight_vector = torch.tensor([weight for _, weight in ours], device=changes[0].device)
-            combined = combine_changes(
+            combined = combine_deltas(
                 changes, weight_vector, combination_type, 1.0 if density is None else density, majority_sign_method
             )
             vector = cast(LearnedVector, layer.svd_scale_shift_b[adapter_name])

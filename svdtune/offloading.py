@@ -1,4 +1,4 @@
-"""Base layers whose parameters accelerate has put away, on the CPU or a disk, until the layer is called."""
+"""Access to parameters that accelerate keeps on the CPU or a disk until the layer is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def brought_back(module: nn.Module) -> Iterator[None]:
-    """While open, the module's own parameters are where it computes."""
+    """A context in which the module's own parameters are on its execution device."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None or not getattr(hook, "offload", False):
         yield

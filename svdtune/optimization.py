@@ -1,4 +1,4 @@
-"""Learning rates and weight decay for what an adapter trains."""
+"""Learning rates and weight decay of an adapter's parameters."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ def parameter_groups(
     value_rate: float = 5.0,
     undecayed: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """What learns in a model, as groups for an optimizer of torch.
+    """Groups the trainable parameters of a model for a torch optimizer.
 
-    a and B have a rate of their own: their gradients change sign from batch to batch, so that Adam, at a rate that
-    suits a matrix, leaves most singular values within a few per cent of where they were. Weight decay pulls them
-    towards the pretrained weight, as it does LoRA's matrices. Vectors (biases, norms), embeddings and trained tokens
-    do not decay: for them zero means nothing.
+    a and B need a higher learning rate than matrices. Their gradients change sign from batch to batch. At a rate that
+    suits a matrix, Adam leaves most singular values within a few per cent of their initial values. Weight decay pulls
+    a and B towards the pretrained weight, as it does LoRA's matrices. Vectors (biases, norms), embeddings and trained
+    tokens get no weight decay, because zero has no special meaning for them.
 
     Args:
-        model: A model with an adapter; what does not require gradients is left out.
-        lr: The learning rate of what is trained whole, such as a new head.
-        weight_decay: Of a and B, and of matrices that are trained whole.
-        value_rate: The rate of a and B, as a multiple of ``lr``.
-        undecayed: More parameters that do not decay.
+        model: A model with an adapter. Parameters that do not require gradients are skipped.
+        lr: Learning rate of fully trained parameters, such as a new head.
+        weight_decay: Weight decay of a and B, and of fully trained matrices.
+        value_rate: Learning rate of a and B, as a multiple of ``lr``.
+        undecayed: Further parameters without weight decay.
 
     Returns:
-        Up to three groups with "params", "lr" and "weight_decay": a and B, what decays, and what does not.
+        Up to three groups, each a dictionary with "params", "lr" and "weight_decay": a and B, other parameters with
+        weight decay, and parameters without.
 
     Raises:
-        ValueError: if a rate is not above zero, the decay is below zero, or nothing learns.
+        ValueError: if a rate is not positive, the weight decay is negative, or no parameter is trainable.
     """
     for name, number, fits in (
         ("lr", lr, lr > 0),
@@ -44,13 +45,13 @@ def parameter_groups(
     ):
         if not fits:
             raise ValueError(f"`{name}` is {number}; it must be {'zero or ' * (name == 'weight_decay')}above zero.")
-    kept = {id(parameter) for parameter in undecayed} | _without_a_zero(model)
+    undecayed_ids = {id(parameter) for parameter in undecayed} | _embedding_parameters(model)
     values = {id(module.weight) for module in model.modules() if isinstance(module, LearnedVector)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_value = id(parameter) in values
-            decays = id(parameter) not in kept and (is_value or parameter.ndim >= 2)
+            decays = id(parameter) not in undecayed_ids and (is_value or parameter.ndim >= 2)
             groups.setdefault((is_value, decays), []).append(parameter)
     if not groups:
         raise ValueError("Nothing learns in this model: no parameter requires a gradient.")
@@ -64,8 +65,8 @@ def parameter_groups(
     ]
 
 
-def _without_a_zero(model: nn.Module) -> set[int]:
-    """The ids of rows of embeddings, trained whole or token by token."""
+def _embedding_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters of embeddings: whole embeddings and trained token rows."""
     return {
         id(parameter)
         for module in model.modules()

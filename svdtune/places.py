@@ -1,4 +1,4 @@
-"""Where a module stands in a model: under several parents, or beside twins that are it but for their identity."""
+"""Finds modules that a model uses in several places: under several parents, or as twins that share parameters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-# Of a module: its parent and its name there.
+# The parent of a module, and the module's name in it.
 Place = tuple[nn.Module, str]
 
 
-def places_of_each(model: nn.Module) -> dict[int, list[Place]]:
-    """Of modules with several parents, by the module's id: all places. PEFT sees a module under the first alone."""
+def shared_places(model: nn.Module) -> dict[int, list[Place]]:
+    """The places of each module with several parents, by the module's id. PEFT finds only the first place."""
     places: dict[int, list[Place]] = defaultdict(list)
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -20,9 +20,14 @@ def places_of_each(model: nn.Module) -> dict[int, list[Place]]:
     return {key: found for key, found in places.items() if len(found) > 1}
 
 
-def twins_of_each(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
-    """Of modules that hold the very parameters of another of their class, and compute the same: name and place of each
-    other one, by the module's id. So T5's `shared` stands beside the embeddings of its encoder and decoder."""
+def find_twins(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
+    """The twins of each module, by the module's id: modules of the same class, parameters and settings.
+
+    Example: T5's `shared` and the embeddings of its encoder and decoder.
+
+    Returns:
+        For each module with twins, the name and the place of each twin.
+    """
     alike: dict[tuple, list[tuple[str, Place, nn.Module]]] = defaultdict(list)
     for prefix, parent in model.named_modules():
         for name, module in parent.named_children():
@@ -33,22 +38,22 @@ def twins_of_each(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
     for group in alike.values():
         for _, _, module in group:
             others = [
-                (name, place) for name, place, other in group if other is not module and _act_alike(module, other)
+                (name, place) for name, place, other in group if other is not module and _behave_alike(module, other)
             ]
             if others:
                 twins[id(module)] = others
     return twins
 
 
-def _act_alike(one: nn.Module, other: nn.Module) -> bool:
-    return _choices(one) == _choices(other) and not any(map(_is_watched, (one, other)))
+def _behave_alike(one: nn.Module, other: nn.Module) -> bool:
+    return _settings(one) == _settings(other) and not any(map(_has_hooks, (one, other)))
 
 
-def _choices(module: nn.Module) -> dict[str, Any]:
-    """Sizes, strides and the like, which a module keeps as plain attributes."""
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The settings of a module that are plain attributes, such as sizes and strides."""
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
 
 
-def _is_watched(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or hasattr(module, "_hf_hook")

@@ -1,4 +1,4 @@
-"""Makes the method known to PEFT, which has no entry point for methods that live outside it."""
+"""Registers the method with PEFT, which has no entry points for external methods."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _lock = threading.Lock()
 
 
 def peft_type() -> PeftType:
-    """The member of ``peft.PeftType`` that stands for this method, created at the first call.
+    """The member of ``peft.PeftType`` for this method. The first call adds it.
 
     Raises:
-        RuntimeError: if this Python or PEFT does not let the enumeration grow.
+        RuntimeError: if this version of Python or PEFT does not allow new members.
     """
     member_name = NAME.upper()
     with _lock:
@@ -29,13 +29,13 @@ def peft_type() -> PeftType:
 
 
 def _add_member(enumeration, name: str) -> None:
-    """Does what the enum metaclass does for the members in a class body. Each member's value is its name."""
+    """Adds a member as the enum metaclass does for a class body. The value of each member is its name."""
     member = str.__new__(enumeration, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enumeration
     member._sort_order_ = len(enumeration._member_names_)
-    # Python 3.12 looks members up as class attributes only; the metaclass forbids this once the name is in the map.
+    # Python 3.12 finds members only as class attributes. Set it first: the metaclass forbids it for names in the map.
     setattr(enumeration, name, member)
     enumeration._member_names_.append(name)
     enumeration._member_map_[name] = member
@@ -43,7 +43,7 @@ def _add_member(enumeration, name: str) -> None:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Registers the method under ``SVD_SCALE_SHIFT``; a second call with the same classes does nothing."""
+    """Registers the method as ``SVD_SCALE_SHIFT``. A second call with the same classes does nothing."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type()) is not model_cls:

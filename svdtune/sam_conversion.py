@@ -1,4 +1,4 @@
-"""An adapter of SAM, from the official package's model to transformers' model of the same weights and back."""
+"""Converts adapters of SAM between the official package's model and transformers' model of the same weights."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from safetensors.torch import load_file, save
 
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.digests import PEFT_PREFIX, digest_of_each
-from svdtune.files import CHOICES, finish_adapter_files, mention_plugin, write_whole
+from svdtune.files import CHOICES, complete_model_card, finish_adapter_files, write_whole
 from svdtune.model import SVDScaleShiftModel
 from svdtune.sam_names import Naming, rename_module, rename_tensor
 
-# What says of the other model that it is the one here, or says by its names which layers are tuned.
-OF_THE_OTHER_MODEL = {
+# Config fields that identify the source model, or that select layers by its names.
+RESET_FIELDS = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "auto_mapping")),
     **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
 }
 
 
 def convert_sam_adapter(folder: str | Path, output_folder: str | Path, to: Naming) -> None:
-    """Writes an adapter for the same SAM in another package: every name is changed, and no value.
+    """Converts an adapter for the same SAM weights in another package. It changes all names and no values.
 
-    It may be of the whole model (``segment_anything``'s ``Sam``, transformers' `SamModel`) or of the image encoder
-    alone. Its config names the tuned layers one by one afterwards, and no base model.
+    The adapter may belong to the whole model (``Sam`` of ``segment_anything``, `SamModel` of transformers) or to the
+    image encoder alone. The new config lists each tuned layer by name, and has no base model.
 
     Args:
-        folder: The adapter's folder.
-        output_folder: Where to write the other one; another folder.
-        to: Whose names it gets, "transformers" or "segment_anything".
+        folder: Folder of the adapter.
+        output_folder: Folder for the converted adapter. It must differ from ``folder``.
+        to: The target package, "transformers" or "segment_anything".
 
     Raises:
-        ValueError: if the folder holds no whole adapter of this method, or one of something that SAM does not have in
-            both packages; with its name. Then nothing is written.
+        ValueError: if ``folder`` has no complete adapter of this method. Also if the adapter tunes a module that only
+            one of the packages has; the message names it. Nothing is written then.
     """
     folder, output_folder = Path(folder), Path(output_folder)
     if to not in get_args(Naming):
         raise ValueError(f"`to` is {to!r}; it can be 'transformers' or 'segment_anything'.")
     if folder.resolve() == output_folder.resolve():
-        raise ValueError(f"{output_folder} is the adapter's own folder. Name another one.")
-    config = _config_of_sam_adapter(folder)
+        raise ValueError(f"{output_folder} is the adapter's own folder. Give another one.")
+    config = _read_config(folder)
     tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    renamed = {_in_file(name, to): tensor for name, tensor in tensors.items()}
+    renamed = {_rename_file_key(name, to): tensor for name, tensor in tensors.items()}
     content = _renamed_config(config, json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), tensors, to)
     if config.digests:
         content["digests"] = {**digest_of_each(renamed), CHOICES: config.digest_of_choices()}
@@ -54,15 +54,15 @@ def convert_sam_adapter(folder: str | Path, output_folder: str | Path, to: Namin
     output_folder.mkdir(parents=True, exist_ok=True)
     write_whole(output_folder / SAFETENSORS_WEIGHTS_NAME, save(renamed, metadata={"format": "pt"}))
     write_whole(output_folder / CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True).encode())
-    mention_plugin(output_folder)
+    complete_model_card(output_folder)
     finish_adapter_files(output_folder)
 
 
-def _config_of_sam_adapter(folder: Path) -> SVDScaleShiftConfig:
-    """The config, where all that it has can be renamed and the weights are whole."""
+def _read_config(folder: Path) -> SVDScaleShiftConfig:
+    """Reads the config, and checks that the weights are complete and that everything can be renamed."""
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no adapter's folder: it has no {name}.")
+            raise ValueError(f"{folder} is not an adapter folder: it has no {name}.")
     config = SVDScaleShiftConfig.from_pretrained(str(folder))
     if not isinstance(config, SVDScaleShiftConfig):
         raise ValueError(f"{folder} is an adapter of another method, {type(config).__name__}.")
@@ -75,12 +75,12 @@ def _config_of_sam_adapter(folder: Path) -> SVDScaleShiftConfig:
 def _renamed_config(
     config: SVDScaleShiftConfig, content: dict[str, Any], tensors: Iterable[str], to: Naming
 ) -> dict[str, Any]:
-    """The file's ``content`` in the other names, whatever version it is of; ``config`` gets its choices too."""
-    tuned, whole = _tuned_modules(tensors), _modules_trained_whole(config, tensors)
+    """Renames the modules in a config file's ``content``, of any format version. Updates ``config``, too."""
+    tuned, whole = _tuned_modules(tensors), _fully_trained_modules(config, tensors)
     config.modules_to_save = [rename_module(name, to) for name in whole] or None
     return {
         **content,
-        **OF_THE_OTHER_MODEL,
+        **RESET_FIELDS,
         "target_modules": [rename_module(name, to) for name in tuned],
         "modules_to_save": config.modules_to_save,
         "rank_pattern": {rename_module(name, to): rank for name, rank in _ranks(config, tuned).items()},
@@ -88,8 +88,8 @@ def _renamed_config(
     }
 
 
-def _in_file(name: str, to: Naming) -> str:
-    """A tensor's name in an adapter file: PEFT's prefix, its name in the model, and what a tuned layer adds to it."""
+def _rename_file_key(name: str, to: Naming) -> str:
+    """Renames a tensor of an adapter file, keeping PEFT's prefix and the parts that a tuned layer adds."""
     in_model = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     layer, separator, value = in_model.partition(f".{SVDScaleShiftModel.prefix}")
     if separator:
@@ -106,8 +106,8 @@ def _tuned_modules(tensors: Iterable[str]) -> list[str]:
     return sorted({name.removeprefix(PEFT_PREFIX).partition(mark)[0] for name in tensors if mark in name})
 
 
-def _modules_trained_whole(config: SVDScaleShiftConfig, tensors: Iterable[str]) -> list[str]:
-    """The modules that `modules_to_save` stands for, by their whole names, as PEFT finds them: by the end."""
+def _fully_trained_modules(config: SVDScaleShiftConfig, tensors: Iterable[str]) -> list[str]:
+    """The full names of the modules in `modules_to_save`, which PEFT matches by their ends."""
     endings, found = tuple(config.modules_to_save or ()), set()
     for name in tensors:
         parts = name.removeprefix(PEFT_PREFIX).split(".")
@@ -117,7 +117,7 @@ def _modules_trained_whole(config: SVDScaleShiftConfig, tensors: Iterable[str]) 
 
 
 def _ranks(config: SVDScaleShiftConfig, tuned: Iterable[str]) -> dict[str, int | float]:
-    """The ranks that `rank_pattern` gives, layer by layer."""
+    """The ranks from `rank_pattern`, by layer name."""
     keys = {name: get_pattern_key(list(config.rank_pattern), name) for name in tuned}
     return {name: config.rank_pattern[key] for name, key in keys.items() if key in config.rank_pattern}
 

@@ -1,4 +1,4 @@
-"""What the official ``segment_anything`` package and transformers call the same parts of SAM."""
+"""Names of SAM's modules in the official ``segment_anything`` package and in transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 Naming = Literal["segment_anything", "transformers"]
 _Renaming = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
 
-# The official name and transformers', of modules and of tensors that are no weight or bias. # stands for a number.
+# Pairs of the official name and transformers' name, of modules and of tensors other than weights and biases. The
+# character # means a number.
 _ENCODER = (
     ("", ""),
     (".pos_embed", ".pos_embed"),
@@ -92,22 +93,22 @@ _RENAMINGS: dict[str, list[_Renaming]] = {
 
 
 def rename_module(name: str, to: Naming) -> str:
-    """A module's name, of SAM or of its image encoder alone, as the other package calls it.
+    """Translates the name of a module of SAM, or of its image encoder alone, to another package.
 
     Raises:
-        ValueError: if the name is none that SAM has, or the module is none in the other package.
+        ValueError: if SAM has no such module, or if the other package does not have it.
     """
     renamed = _renamed(name, to) or _renamed_in_encoder(name, to)
     if renamed is None:
-        raise ValueError(f"`{name}` is no module that SAM has in both packages, segment_anything and transformers.")
+        raise ValueError(f"`{name}` is not a module that SAM has in both packages, segment_anything and transformers.")
     return renamed
 
 
 def rename_tensor(name: str, to: Naming) -> str:
-    """A parameter's or buffer's name, of SAM or of its image encoder alone, as the other package calls it.
+    """Translates the name of a parameter or buffer of SAM, or of its image encoder alone, to another package.
 
     Raises:
-        ValueError: if it is none that SAM has.
+        ValueError: if SAM has no such tensor.
     """
     renamed = _renamed(name, to) or _renamed_in_encoder(name, to)
     if renamed is None:

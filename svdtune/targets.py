@@ -1,4 +1,4 @@
-"""Which modules are tuned when the user names none."""
+"""Default target modules, per model type and per class."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 _ENCODER_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 _VISION_TRANSFORMER = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
-    # transformers 4's names of the same layers
+    # names of the same layers in transformers 4
     *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
 ]
 _SAM = ["qkv", "proj", "lin1", "lin2"]
 _SAM2 = ["qkv", "proj", "proj_in", "proj_out"]
-# In the official segment_anything package, where the encoder may stand alone.
+# The official segment_anything package. The model may be the encoder alone.
 _OFFICIAL_SAM = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(lin1|lin2))"
 _SAM3 = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
 def _in_vision_encoder(names: list[str]) -> str:
-    """A regular expression for layers of the image encoder, which leaves prompt encoder and mask decoder alone."""
+    """A regular expression for layers of the image encoder. It skips the prompt encoder and the mask decoder."""
     return rf"(.*\.)?vision_encoder\..*\.({'|'.join(names)})"
 
 
-def _as_written(names: Sequence[str]) -> list[str] | str:
-    """PEFT's table holds lists of names and regular expressions."""
+def _copy_entry(names: Sequence[str]) -> list[str] | str:
+    """Copies an entry of PEFT's table: a list of names or a regular expression."""
     return names if isinstance(names, str) else list(names)
 
 
-# PEFT's own choice for LoRA where it has one; for models that see, the linear layers of all encoder blocks.
+# Language models: PEFT's defaults for LoRA. Vision models: the linear layers of all encoder blocks.
 DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
-    **{kind: _as_written(names) for kind, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
+    **{kind: _copy_entry(names) for kind, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
     "sam": _in_vision_encoder(_SAM),
     "sam_hq": _in_vision_encoder(_SAM),
     "sam_vision_model": _SAM,
@@ -59,17 +59,20 @@ DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
 
 
 def default_by_class(model: nn.Module) -> str | None:
-    """The default targets of models that have no transformers' config, as a regular expression; None if none is known.
+    """The default targets of a model without a transformers config.
 
-    They are known for the encoder of the official ``segment_anything`` package, of its copies in MedSAM, SAM-HQ,
-    MobileSAM and others, and of subclasses; and for whatever has one as its ``image_encoder``, as ``Sam`` does.
+    It knows the image encoder of the official ``segment_anything`` package, its subclasses, and its copies in MedSAM,
+    SAM-HQ, MobileSAM and others. It also knows models with such an ``image_encoder``, as ``Sam``.
+
+    Returns:
+        A regular expression for module names, or None for an unknown model.
     """
     encoders = (model, getattr(model, "image_encoder", None))
     return _OFFICIAL_SAM if any(map(_is_official_encoder, encoders)) else None
 
 
 def _is_official_encoder(module: object) -> bool:
-    """By name, since each copy has classes of its own, and importing one must not be needed to tell."""
+    """Compares names of classes and modules, because each copy has its own classes and may not be installed."""
     return any(
         one.__name__ == "ImageEncoderViT" and f".{one.__module__}".endswith(".modeling.image_encoder")
         for one in type(module).__mro__

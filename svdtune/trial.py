@@ -1,4 +1,4 @@
-"""Whether a subclass's module computes what its base class would: tried on a few rows, not guessed from its name."""
+"""Tests on a few rows whether a module of a subclass computes the same as its base class."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Rows of these sizes show a clamp, an activation or a rescaling that rows of one size would not.
+# Rows of several magnitudes reveal a clamp, an activation or a rescaling.
 SIZES = (0.01, 1.0, 100.0)
-# Sums of products in another order differ by that many roundings.
+# Tolerance, in units of rounding: the order of summation may differ.
 ROUNDINGS = 64
 
 
 @torch.no_grad()
 def computes_the_same(module: nn.Module, base_type: type[nn.Module]) -> bool:
-    """Whether ``module``, called, gives what the forward of ``base_type`` gives with its weight and bias.
+    """Whether calling ``module`` gives the same as the forward of ``base_type`` with its weight and bias.
 
-    Modules whose weight has no values yet, or whose forward needs more than one tensor, do not.
+    Returns False if the weight is on the meta device, or if the forward needs several tensors.
     """
     weight = cast(Tensor, module.weight)
     if weight.is_meta or not weight.is_floating_point():
         return False
     devices = [weight.device] if weight.device.type == "cuda" else []
-    # It may draw random numbers, which must not move those of the user's training on.
+    # The forward may draw random numbers. It must not advance the generator of the user's training.
     with torch.random.fork_rng(devices):
         try:
             x = _rows(module, base_type, weight)
             actual, expected = module(x), base_type.forward(module, x)
-            if base_type is nn.Embedding and hasattr(module, "embed_scale"):  # which a tuned embedding knows
+            if base_type is nn.Embedding and hasattr(module, "embed_scale"):  # a tuned embedding supports it
                 expected = expected * module.embed_scale
-        except Exception:  # whatever a stranger's forward raises
+        except Exception:  # an unknown forward may raise anything
             return False
     if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False

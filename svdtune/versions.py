@@ -1,4 +1,4 @@
-"""Whether PEFT and transformers are versions that this package, and they themselves, work with."""
+"""Checks that the installed versions of PEFT and transformers work with this package and with each other."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-# As in pyproject.toml. `make conformance PEFT=...` is the trial of another PEFT.
+# Keep in sync with pyproject.toml. `make conformance PEFT=...` tests another version of PEFT.
 PEFT = (Version("0.21"), Version("0.22"))
-# The first transformers that asks for a PEFT beyond that.
+# The first version of transformers that requires a newer PEFT.
 TRANSFORMERS_BELOW = Version("5.24")
 REMEDY = f'pip install "peft>={PEFT[0]},<{PEFT[1]}" "transformers<{TRANSFORMERS_BELOW}"'
 
 
 def check_versions() -> None:
-    """Compares the installed versions with those that work together.
+    """Compares the installed versions with the supported ones.
 
     Warns:
-        UserWarning: if PEFT is newer than tried, or than transformers accepts for its own ``load_adapter``.
+        UserWarning: if PEFT is newer than the tested versions, or too old for ``load_adapter`` of transformers.
 
     Raises:
-        ImportError: if PEFT is older than this package needs.
+        ImportError: if PEFT is older than this package requires.
     """
-    peft, asked_for = Version(version("peft")), _asked_for_by_transformers()
-    problem = problem_of(peft, asked_for)
+    peft, required = Version(version("peft")), _required_by_transformers()
+    problem = describe_problem(peft, required)
     if problem is None:
         return
     message = f"svdtune: {problem} Run: {REMEDY}"
@@ -33,21 +33,26 @@ def check_versions() -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def problem_of(peft: Version, asked_for: Version | None) -> str | None:
-    """What is wrong with a version of PEFT, where transformers asks for at least ``asked_for``; None if nothing."""
+def describe_problem(peft: Version, required: Version | None) -> str | None:
+    """Describes a problem with a version of PEFT, or returns None.
+
+    Args:
+        peft: The installed version of PEFT.
+        required: The lowest version that transformers requires, if known.
+    """
     if not PEFT[0].release <= peft.release < PEFT[1].release:
-        return f"peft {peft} is installed; tried are the versions from {PEFT[0]} to below {PEFT[1]}."
-    if asked_for is not None and peft.release < asked_for.release:
+        return f"peft {peft} is installed, but svdtune is tested with versions from {PEFT[0]} to below {PEFT[1]}."
+    if required is not None and peft.release < required.release:
         return (
-            f"peft {peft} is installed, and the installed transformers asks for {asked_for}, so that add_adapter and "
-            "load_adapter of its own models fail."
+            f"peft {peft} is installed, but the installed transformers requires {required}, so add_adapter and "
+            "load_adapter of its models fail."
         )
     return None
 
 
-def _asked_for_by_transformers() -> Version | None:
+def _required_by_transformers() -> Version | None:
     try:
         from transformers.integrations.peft import MIN_PEFT_VERSION
-    except ImportError:  # it keeps the version elsewhere, or is too new for what is installed beside it
+    except ImportError:  # another version of transformers, or one that cannot be imported here
         return None
     return Version(MIN_PEFT_VERSION)

@@ -1,7 +1,7 @@
-"""Bad configs and damaged adapter folders: an error that says what is wrong, or the right result.
+"""Bad configs and damaged adapter folders give a clear error or the right result.
 
-The values are generated: every field of the config with every value of a list of bad ones, and every file and key of a
-saved adapter damaged in every way of a list.
+The cases are generated: each field of the config with each value of a list of bad values, and each file and key of a
+saved adapter with each damage of a list.
 """
 
 import dataclasses

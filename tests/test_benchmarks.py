@@ -1,5 +1,7 @@
-"""The benchmarks measure what they say: the published baseline is the paper's layer, and bytes and ratios are counted
-right. Their figures are not tested here."""
+"""The benchmarks are right: the published baseline is the paper's layer, and bytes and ratios are computed correctly.
+
+Their results are not tested here.
+"""
 
 import json
 import sys

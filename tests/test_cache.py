@@ -1,4 +1,4 @@
-"""Decompositions that are kept on disk: found again, never wrong, never half there, never too many."""
+"""The decomposition cache: files are found again, never wrong, never incomplete, and limited in size."""
 
 import multiprocessing
 import os

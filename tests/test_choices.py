@@ -1,4 +1,4 @@
-"""What each choice of the config does to the formula, to what is learned and to what is saved."""
+"""The effect of each config field on the formula, on the trained parameters and on the saved files."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Two processes, connected by gloo on the CPU, train what one does, whatever wraps the model."""
+"""Two processes with gloo on the CPU train the same values as one process, under each distributed wrapper."""
 
 import os
 

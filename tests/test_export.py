@@ -1,4 +1,4 @@
-"""One graph for every number of rows: exported, and compiled."""
+"""Exported and compiled graphs work for any number of rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""float16 ends at 65504: a tuned layer is finite wherever its base layer is, which sums in float32."""
+"""float16 ends at 65504. A tuned layer is finite wherever its base layer, which sums in float32, is finite."""
 
 import copy
 

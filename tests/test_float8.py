@@ -1,4 +1,4 @@
-"""Weights stored in float8, which a module widens for its product, as diffusers' layerwise casting has it."""
+"""Weights stored in float8 and cast for the product, as in diffusers' layerwise casting."""
 
 import copy
 import types

@@ -1,4 +1,4 @@
-"""What is installed, and what is said of it."""
+"""Installed files, version checks and the install command in messages."""
 
 import importlib.metadata
 import re
@@ -27,14 +27,14 @@ def test_the_ranges_are_those_of_the_package():
     [
         ("0.21.2", "0.20.0", None),
         ("0.21.0", None, None),
-        ("0.21.2", "0.22.0", "the installed transformers asks for 0.22.0"),
-        ("0.22.0.dev0", "0.20.0", r"peft 0\.22\.0\.dev0 is installed; tried are the versions from 0\.21"),
+        ("0.21.2", "0.22.0", "the installed transformers requires 0.22.0"),
+        ("0.22.0.dev0", "0.20.0", r"peft 0\.22\.0\.dev0 is installed, but svdtune is tested with versions from 0\.21"),
         ("0.20.0", "0.18.0", r"peft 0\.20\.0 is installed"),
     ],
 )
 def test_versions_that_do_not_go_together_are_told(peft, asked_for, problem, monkeypatch, recwarn):
     monkeypatch.setattr(versions, "version", lambda name: {"peft": peft}[name])
-    monkeypatch.setattr(versions, "_asked_for_by_transformers", lambda: asked_for and Version(asked_for))
+    monkeypatch.setattr(versions, "_required_by_transformers", lambda: asked_for and Version(asked_for))
     if problem is None:
         versions.check_versions()
         assert not recwarn

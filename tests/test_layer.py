@@ -1,4 +1,4 @@
-"""What a tuned layer promises, held against the paper's equation computed in float64."""
+"""Tuned layers against the paper's equation in float64."""
 
 import copy
 import io

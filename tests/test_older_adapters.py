@@ -1,4 +1,4 @@
-"""Adapters of format versions 1 and 2, which held A itself, still load, and are saved as those of today."""
+"""Adapters of format versions 1 and 2, which contain A itself, still load, and are saved in the current format."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Rates and decay of what an adapter trains."""
+"""Learning rates and weight decay of an adapter's parameters."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What other code does to a tuned layer or its base, and gets what it would get from the paper's weight."""
+"""Other code that modifies or reads a tuned layer or its base gets the results of the paper's weight."""
 
 import copy
 

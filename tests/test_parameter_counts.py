@@ -1,4 +1,4 @@
-"""The numbers of trained values that the paper's setting has: SAM's ViT-B image encoder."""
+"""The number of trained values in the paper's setting, SAM's ViT-B image encoder."""
 
 import pytest
 from peft import get_peft_model

@@ -1,4 +1,4 @@
-"""The method as PEFT's and transformers' users meet it."""
+"""The method through the interfaces of PEFT and transformers."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""An adapter means the same wherever it is loaded, or says that it does not."""
+"""An adapter gives the same results wherever it is loaded, or warns that it does not."""
 
 import copy
 import itertools
@@ -264,7 +264,7 @@ IN_MODEL = FIRST_A.replace(".weight", ".default.weight")
         (lambda values: values.pop(FIRST_A), f"1 of its values are missing, {IN_MODEL}"),
         (
             lambda values: values.update({FIRST_A.replace("query", "key"): torch.ones(32)}),
-            "1 of its values have no place in this model, .*key",
+            "1 of its values do not exist in this model, .*key",
         ),
         (
             lambda values: values[FIRST_A].fill_(np.nan),

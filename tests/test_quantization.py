@@ -1,6 +1,6 @@
-"""A quantised base model: only the adapter learns, and every bit of the base model comes back.
+"""Quantised base models: only the adapter is trained, and unmerging restores every bit of the base model.
 
-`make test` brings bitsandbytes, HQQ and torchao; without them their rows are skipped.
+`make test` installs bitsandbytes, HQQ and torchao. Without them, their tests are skipped.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""examples/quickstart.py: it reads its texts, learns from a few of them, and gets its adapter back whole."""
+"""examples/quickstart.py reads its texts, trains on a few of them, and loads its adapter again."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Modules that read the weight of a tuned layer instead of calling it: they get W', with its gradient."""
+"""Modules that read the weight of a tuned layer instead of calling it get W' with its gradient."""
 
 import copy
 

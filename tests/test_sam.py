@@ -1,4 +1,4 @@
-"""The official segment_anything package: tuned with no more than a config, served by its own classes, carried over."""
+"""The official segment_anything package: default targets, its own predictor classes, and adapter conversion."""
 
 import copy
 import json
@@ -198,10 +198,10 @@ def test_an_adapter_of_the_encoder_alone_is_carried_over(sam, train, relative_er
     [
         (
             {"modules_to_save": ["output_upscaling"]},
-            "`mask_decoder.output_upscaling` is no module that SAM has",
+            "`mask_decoder.output_upscaling` is not a module that SAM has",
         ),
         ({"target_parameters": ["mask_decoder.iou_token.weight"]}, "it has `target_parameters`"),
-        ({"target_modules": ["adapter"]}, "`image_encoder.blocks.0.adapter` is no module that SAM has"),
+        ({"target_modules": ["adapter"]}, "`image_encoder.blocks.0.adapter` is not a module that SAM has"),
     ],
 )
 def test_what_sam_does_not_have_in_both_packages_is_refused(sam, choices, message, tmp_path):
@@ -218,7 +218,7 @@ def test_a_conversion_that_cannot_be_meant_is_refused(sam, tmp_path):
     for source, output, to, message in (
         (folder, folder, "transformers", "is the adapter's own folder"),
         (folder, tmp_path / "other", "diffusers", "`to` is 'diffusers'"),
-        (folder, tmp_path / "other", "segment_anything", "`image_encoder.blocks.0.attn.proj` is no module"),
+        (folder, tmp_path / "other", "segment_anything", "`image_encoder.blocks.0.attn.proj` is not a module"),
         (tmp_path / "nothing", tmp_path / "other", "transformers", "it has no adapter_config.json"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""What vectors over one shared basis give: mixed batches, exact sums, and switching in place."""
+"""Several adapters over one shared basis: mixed batches, exact sums and swapping in place."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -203,14 +203,14 @@ def test_a_sum_tunes_the_same_layers_at_the_same_ranks_and_no_others():
 
 def test_a_sum_warns_of_modules_trained_whole(base):
     model = get_peft_model(base, SVDScaleShiftConfig(target_modules=["fc"], modules_to_save=["head"]))
-    with pytest.warns(UserWarning, match="trained whole take no part"):
+    with pytest.warns(UserWarning, match="Fully trained modules and tokens .* are not combined"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((["paper"], [1], "sum", "ties", 0.0), "`density` is 0.0; it can be above 0 and up to 1"),
+        ((["paper"], [1], "sum", "ties", 0.0), "`density` is 0.0; it must be above 0 and at most 1"),
         ((["paper"], [1], "sum", "ties", 0.5, "most"), "`majority_sign_method` is 'most'"),
         ((["paper", "nobody"], [1, 1], "sum"), "no adapter nobody; there are paper, low, svf, elsewhere"),
         ((["paper"], [1, 1], "sum"), "1 adapters need as many weights, not 2"),

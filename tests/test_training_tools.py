@@ -1,4 +1,4 @@
-"""Training with what others bring: checkpointing, compiling, exporting, autocast, transformers' Trainer."""
+"""Training with tools of other libraries: checkpointing, compiling, exporting, autocast, transformers' Trainer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""trl copies the adapter that it starts from, by its parameters' names, and trains against the copy."""
+"""trl copies the initial adapter by its parameters' names, and trains against the copy."""
 
 import os
 import subprocess

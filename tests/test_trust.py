@@ -1,4 +1,4 @@
-"""An adapter of a stranger does no harm, and one that is not what was saved is noticed."""
+"""An untrusted adapter does no harm, and a changed adapter is detected."""
 
 import copy
 import json
@@ -137,7 +137,7 @@ def test_saving_goes_through_no_link_and_leaves_readable_files(saved, tmp_path):
         ({"modules_to_save": [f"m{number}" for number in range(3000)]}, "`modules_to_save` has 3000 entries"),
         ({"rank_pattern": {f"m{number}": 3 for number in range(50_000)}}, "`rank_pattern` has 50000 entries"),
         ({"target_modules": "(?i)" + "[\x00-\U0010ffff]" * 5000}, "takes more than 1 seconds"),
-        ({"target_modules": "(" * 2000}, "`target_modules` is no regular expression"),
+        ({"target_modules": "(" * 2000}, "`target_modules` is not a valid regular expression"),
     ],
     ids=["targets", "modules to save", "ranks", "long to compile", "long and wrong"],
 )
@@ -171,10 +171,10 @@ POOLER = "base_model.model.pooler.dense.weight"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda tensors: tensors.update({BASE: torch.zeros(16, 16)}), f"have no place in this model, {BASE}"),
+        (lambda tensors: tensors.update({BASE: torch.zeros(16, 16)}), f"do not exist in this model, {BASE}"),
         (
             lambda tensors: tensors.update({"other.weight": torch.zeros(3)}),
-            "have no place in this model, other.weight",
+            "do not exist in this model, other.weight",
         ),
         (lambda tensors: tensors[POOLER].fill_(float("nan")), "hold NaN or infinite values, .*pooler.*dense.weight"),
         (lambda tensors: tensors[SCALE].fill_(float("inf")), "hold NaN or infinite values, .*query.svd_scale_shift_a"),

@@ -1,4 +1,4 @@
-"""Parameters that their module reads itself: attention projections, and the fused weights of experts."""
+"""Parameters that their module reads directly: attention projections and the fused weights of experts."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
