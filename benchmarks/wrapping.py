@@ -26,7 +26,7 @@ def wrap(subject: Subject, cache: str | None = None) -> None:
     model = get_peft_model(subject.model, ours(svd_cache=cache)(subject.targets))
     for layer in tuned_layers(model):
         # What comes from the cache is mapped into memory, and read only now.
-        for vectors in (layer.spectrum.left, layer.spectrum.right):
+        for vectors in layer.spectrum.held_vectors:
             vectors.flatten()[::PAGE].sum()
     model.unload()
 
