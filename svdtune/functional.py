@@ -122,9 +122,9 @@ class _ScaledLinear(torch.autograd.Function):
                 grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
         # Only a double backward has a gradient of x V itself.
         if grad_coordinates is not None and ctx.needs_input_grad[0]:
-            from_coordinates = grad_coordinates @ right.to(grad_coordinates.dtype)
-            from_coordinates = from_coordinates / divisors[0] if divisors else from_coordinates
-            grad_x = from_coordinates if grad_x is None else grad_x + from_coordinates
+            grad_from_coordinates = grad_coordinates @ right.to(grad_coordinates.dtype)
+            grad_from_coordinates = grad_from_coordinates / divisors[0] if divisors else grad_from_coordinates
+            grad_x = grad_from_coordinates if grad_x is None else grad_x + grad_from_coordinates
         return grad_x, None, grad_values, None, grad_bias
 
 

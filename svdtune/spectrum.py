@@ -347,14 +347,14 @@ def _responses(
     tail = min(left.shape[2], right.shape[1])
     divided = values.shape[1] - tail
     # The tail has both its vectors.
-    in_tail = values[:, divided:] * g_left[:, g_left.shape[1] - tail :] * right_h[:, right_h.shape[1] - tail :]
+    tail_responses = values[:, divided:] * g_left[:, g_left.shape[1] - tail :] * right_h[:, right_h.shape[1] - tail :]
     if not divided:
-        return in_tail.flatten()
+        return tail_responses.flatten()
     weight = matrices.detach().to("cpu", dtype)
     if sides == "right":
         g_weight_v = (right[:, :divided].detach().to("cpu", dtype) @ (g @ weight)[..., None])[..., 0]
-        leading = g_weight_v.double() * right_h[:, :divided]
+        leading_responses = g_weight_v.double() * right_h[:, :divided]
     else:
         u_weight_h = (left[..., :divided].detach().to("cpu", dtype).mT @ (weight @ h)[..., None])[..., 0]
-        leading = u_weight_h.double() * g_left[:, :divided]
-    return torch.cat([leading, in_tail], dim=1).flatten()
+        leading_responses = u_weight_h.double() * g_left[:, :divided]
+    return torch.cat([leading_responses, tail_responses], dim=1).flatten()
