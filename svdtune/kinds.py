@@ -70,13 +70,9 @@ class Linear(SVDScaleShiftLayer):
         bias = None if self._bias is None else -(self._bias.to(vectors.dtype) @ vectors.mT)
         coordinates = project(self._like_factors(y), vectors, relative_delta, bias=bias)
         y = add_scaled(y, coordinates, relative_delta, vectors)
-        return self._with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
 
-    def delta_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._with_delta(self.base_layer(x, *args, **kwargs), x, delta)
-
-    def _with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
-        """y + U diag(delta) Vᵀ x, for the values whose vectors are held on both sides."""
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
         coordinates = project(self._like_factors(x), self.spectrum.right[0], delta)
         return add_scaled(y, coordinates, delta, self.spectrum.left[0].mT)
 
@@ -136,13 +132,9 @@ class Convolution(SVDScaleShiftLayer):
         if spectrum.tail < spectrum.rank:
             relative_delta, dimensions = delta * spectrum.reciprocals, len(convolution.kernel_size)
             y = add_scaled_channels(y, spectrum.vectors.mT, relative_delta, convolution.bias, dimensions)
-        return self._with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
 
-    def delta_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._with_delta(self.base_layer(x, *args, **kwargs), x, delta)
-
-    def _with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
-        """y + U diag(delta) Vᵀ x, for the values whose vectors are held on both sides."""
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
         spectrum = self.spectrum
         change = scaled_convolution(
             self._like_factors(x), spectrum.left, delta, spectrum.right, None, self._convolution
@@ -170,13 +162,9 @@ class Embedding(SVDScaleShiftLayer):
         if spectrum.tail < spectrum.rank:
             vectors, relative_delta = spectrum.vectors[0], delta * spectrum.reciprocals
             y = add_scaled(y, project(self._like_factors(y), vectors, relative_delta), relative_delta, vectors)
-        return self._with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
 
-    def delta_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._with_delta(self.base_layer(x, *args, **kwargs), x, delta)
-
-    def _with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
-        """y plus the rows x of U diag(delta) Vᵀ, for the values whose vectors are held on both sides."""
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
         coordinates = F.embedding(x, self.spectrum.left[0])
         scale = self._get_embed_scale()  # some models' embeddings multiply the rows that they look up
         coordinates = coordinates if scale is None else coordinates * scale.to(coordinates.dtype)

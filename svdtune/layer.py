@@ -47,8 +47,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
       - ``factored_product(x, delta)`` and ``rebuilt_product(x, delta)`` replace the base layer's own product.
       - ``right_sided_product(x, delta, *args, **kwargs)`` and ``left_sided_product(...)``, the one-sided forms with V
-        and with U, and ``delta_product(...)`` call the base layer with the further arguments, and change its input or
-        its output.
+        and with U, call the base layer with the further arguments, and change its input or its output.
+      - ``delta_product(...)`` is defined here; a kind defines ``with_delta(y, x, delta)``, what it adds to the output
+        y. The one-sided forms add the same for the tail, the values that are too small to divide by.
 
     - ``rows_to_rebuild_for(x, delta)``: how many rows W' can be rebuilt for, if it offers the rebuilt form.
     - ``to_matrices(weight)`` and ``from_matrices(matrices)``: the weight as matrices (g, out, in), and back.
@@ -147,6 +148,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def rows_to_rebuild_for(self, x: Tensor, delta: Tensor) -> int | None:
         """How many rows the rebuilt form would multiply with W'; None if W' cannot be rebuilt for this input."""
         return None
+
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        """y + U diag(delta) Vᵀ x, with ``delta`` (g * tail,) or (B, g * tail) for the tail of the spectrum."""
+        raise NotImplementedError
+
+    def delta_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The delta form: the base layer's output plus U diag(delta) Vᵀ x. The tail is all of the values here."""
+        return self.with_delta(self.base_layer(x, *args, **kwargs), x, delta)
 
     def form_for(self, x: Tensor, delta: Tensor) -> Form:
         """The form of the product that `forward` takes."""
