@@ -166,7 +166,7 @@ class _RebuiltLinear(torch.autograd.Function):
             x = x.reshape(-1, x.shape[-1])
             divisor = divisor_of_sums(rows, x)
             grad_weight = rows.mT @ (x if divisor is None else x / divisor)
-            # The gradient of delta is the diagonal of Uᵀ grad_W V; only Uᵀ grad_W is made, (r, in).
+            # The gradient of delta is the diagonal of Uᵀ grad_W V: Uᵀ grad_W (r, in), times Vᵀ, summed along its rows.
             projected = (left.mT.to(grad_weight) @ grad_weight).mT
             projected = projected if divisor is None else projected.float() * divisor
             grad_delta = _sum_of_products(projected, right.mT, delta.dtype)
@@ -232,7 +232,9 @@ def scaled_convolution(
     x = _as_autocast_would(x)
     divisor = divisor_of_images(x, values, kernels[0].numel(), dimensions)
     images = x if divisor is None else Divided.apply(x, divisor)
+    # Padding included: modes such as "reflect" pad in `_conv_forward`.
     coordinates = convolution._conv_forward(images, kernels, None)  # type: ignore[arg-type]
+    # One value per channel, the same at every pixel; then a 1x1 convolution with U.
     channel_values = values.reshape(*values.shape, *[1] * dimensions)
     mix = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
     channels = left.reshape(-1, rank, *[1] * dimensions).to(x.dtype)
