@@ -1,6 +1,6 @@
 """How much of the loss's gradient each kind of adapter can follow, at the pretrained weights.
 
-    python examples/sam_medical/gradient_shares.py --config examples/sam_medical/configs/compare-glas.yaml \\
+    python benchmarks/medical_gradient_shares.py --config examples/sam_medical/configs/compare-glas.yaml \\
         --data-root DATA
 
 For each linear layer that S-SAM tunes, G (out x in) is the gradient of its weight over --batches batches. An adapter's

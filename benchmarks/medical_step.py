@@ -1,7 +1,7 @@
 """What a training step of S-SAM takes: with one label and with twelve, beside its data, and in memory.
 
-    python examples/sam_medical/speed.py --image-size 112
-    python examples/sam_medical/speed.py --backbone facebook/sam-vit-base --image-size 1024 --batch-size 1 \\
+    python benchmarks/medical_step.py --image-size 112
+    python benchmarks/medical_step.py --backbone facebook/sam-vit-base --image-size 1024 --batch-size 1 \\
         --mixed-precision bf16
 
 A step is a forward and a backward pass. Contenders take turns; seconds are medians, ratios medians of each round's

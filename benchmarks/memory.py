@@ -53,7 +53,7 @@ def kept(model: nn.Module, x: torch.Tensor) -> int:
 def vectors_share(model: nn.Module) -> float:
     """The bytes of the singular vectors, relative to the bytes of their weights."""
     layers = tuned_layers(model)
-    held = sum(layer.spectrum.left.nbytes + layer.spectrum.right.nbytes for layer in layers)
+    held = sum(vectors.nbytes for layer in layers for vectors in layer.spectrum.held_vectors)
     return held / sum(layer.get_base_layer().weight.nbytes for layer in layers)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harness import Options, Result, run
 from svdtune import SVDScaleShiftConfig, spectrum
-from svdtune.functional import rebuilt_linear, scaled_linear
+from svdtune.forms import DELTA, FACTORED, REBUILT
 from svdtune.kinds import Linear
 
 ROWS = 512
@@ -60,11 +60,8 @@ def errors(weight: Tensor, options: Options) -> dict[str, float]:
     base = F.linear(x.double(), linear.weight.double(), linear.bias.double())
     expected = base + F.linear(F.linear(x.double(), right[0]) * change, left[0])
 
-    factors, delta = both.spectrum, both.change_of_singular_values("default")
-    found = {
-        "factored": scaled_linear(x, factors.left[0], factors.singular_values + delta, factors.right[0], linear.bias),
-        "rebuilt": rebuilt_linear(x, linear.weight, factors.left[0], delta, factors.right[0], linear.bias),
-        "delta": both.changed_product(x, delta),
+    delta = both.delta_of("default")
+    found = {form.name: form.product(both, x, delta) for form in (FACTORED, REBUILT, DELTA)} | {
         "one-sided": layer(one_sided=True)(x),
     }
     limit, spectrum.AMPLIFICATION_LIMIT = spectrum.AMPLIFICATION_LIMIT, float("inf")

@@ -147,7 +147,7 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
     tensors = [*model.parameters(), *model.buffers()]
     for layer in tuned_layers(model):
         spectrum = layer.spectrum
-        tensors += [spectrum.left, spectrum.right, spectrum.singular_values, spectrum.reciprocals]
+        tensors += [*spectrum.held_vectors, spectrum.singular_values, spectrum.reciprocals]
     return tensors
 
 

@@ -25,8 +25,8 @@ def wrap(subject: Subject, cache: str | None = None) -> None:
     """Wraps the model, reads one value per page of the vectors, and unwraps the model."""
     model = get_peft_model(subject.model, ours(svd_cache=cache)(subject.targets))
     for layer in tuned_layers(model):
-        # Read the vectors, so that the time includes any memory that is mapped but not loaded yet.
-        for vectors in (layer.spectrum.left, layer.spectrum.right):
+        # What comes from the cache is mapped into memory, and read only now.
+        for vectors in layer.spectrum.held_vectors:
             vectors.flatten()[::PAGE].sum()
     model.unload()
 

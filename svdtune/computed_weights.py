@@ -1,4 +1,4 @@
-"""Weights that a module computes from other parameters, which can be neither decomposed for good nor merged into."""
+"""Weights that a module computes from other parameters: a decomposition would expire, and a merge would be lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REMEDY = (
 
 
 def is_computed(module: nn.Module, parameter_name: str) -> bool:
-    """Whether weight norm, spectral norm, a parametrization or pruning stand behind a parameter's name."""
+    """Whether weight norm, spectral norm, a parametrization or pruning computes the parameter."""
     path, _, name = parameter_name.rpartition(".")
     holder = module.get_submodule(path)
     from_others = any(f"{name}{ending}" in holder._parameters for ending in ("_orig", "_g", "_v"))

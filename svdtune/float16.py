@@ -1,8 +1,8 @@
-"""Products of several factors in float16, which ends at 65504.
+"""Products of several factors in float16, whose largest number is 65504.
 
-A base layer sums in float32, so it is finite where its outputs are. Between two factors coordinates are stored: they
-are as large as a row is long, which may be far longer than its largest entry, and are multiplied by singular values.
-So rows that are too long are divided by a power of two first, and what they give is multiplied by it at the end.
+A base layer sums in float32, so it only overflows if its output does. A product of two factors also stores coordinates
+in between. They can be as large as the norm of a row, far above its largest entry, and singular values multiply them.
+So a row that is too large is divided by a power of two first, and its result is multiplied by it at the end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The range ends at 2^16, and roundings add up.
+# The range ends at 2^16. The margin is for rounding errors, which add up.
 SAFE_EXPONENT = 14
 
 
 def divisor_of_rows(rows: Tensor, *values: Tensor) -> Tensor | None:
-    """Powers of two to divide rows in float16 by, so that products with them and ``values`` stay in range; mostly one.
+    """The power of two to divide each row by, so that its products with vectors and ``values`` stay in range.
 
-    Shapes: rows (..., n), values (r,), or (B, r) for rows (B, ..., n); returns (..., 1), or None in other dtypes.
+    It is one for rows of usual size. Shapes: rows (..., n), values (r,), or (B, r) for rows (B, ..., n); returns
+    (..., 1), or None in other dtypes.
     """
     if rows.dtype is not torch.float16:
         return None
@@ -30,34 +31,39 @@ def divisor_of_rows(rows: Tensor, *values: Tensor) -> Tensor | None:
 
 
 def divisor_of_images(x: Tensor, values: Tensor, count: int, dimensions: int) -> Tensor | None:
-    """As `divisor_of_rows`, for images, each of which is divided as a whole, since a convolution mixes its pixels.
+    """As `divisor_of_rows`, but one divisor per image, since a convolution mixes its pixels.
 
-    Shapes, in two dimensions: x (B, C, H, W) or (C, H, W), values (r,) or (B, r); returns (B, 1, 1, 1) or (1, 1, 1).
-    ``count`` is how many entries of x make one product.
+    ``count`` is how many entries of x a sum of products has. Shapes, in two dimensions: x (B, C, H, W) or (C, H, W),
+    values (r,) or (B, r); returns (B, 1, 1, 1) or (1, 1, 1), or None in other dtypes.
     """
     if x.dtype is not torch.float16:
         return None
     with torch.no_grad():
-        every = tuple(range(-dimensions - 1, 0))
-        largest = _largest((values,), len(every))
-        return _divisor(x.float().abs().amax(every, keepdim=True) * count**0.5 * largest)
+        image_dimensions = tuple(range(-dimensions - 1, 0))
+        largest = _largest((values,), len(image_dimensions))
+        # The norm of ``count`` entries is at most sqrt(count) times the largest entry.
+        return _divisor(x.float().abs().amax(image_dimensions, keepdim=True) * count**0.5 * largest)
 
 
 def divisor_of_sums(a: Tensor, b: Tensor) -> Tensor | None:
-    """A power of two to divide ``b`` by, so that aᵀ b and products of it with vectors stay in float16's range.
+    """The power of two to divide ``b`` by, so that aᵀ b and its products with vectors stay in float16's range.
 
     Shapes: a (N, m), b (N, n); returns (), or None in other dtypes.
     """
     if a.dtype is not torch.float16:
         return None
     with torch.no_grad():
-        lengths = torch.linalg.vector_norm(a, dtype=torch.float32) * torch.linalg.vector_norm(b, dtype=torch.float32)
-        return _divisor(lengths)
+        # An entry of aᵀ b is at most the product of the norms (Cauchy-Schwarz).
+        norms = torch.linalg.vector_norm(a, dtype=torch.float32) * torch.linalg.vector_norm(b, dtype=torch.float32)
+        return _divisor(norms)
 
 
 class Divided(torch.autograd.Function):
-    """x / divisor before a linear function whose result is `Multiplied`: the two cancel in the gradient of x, which
-    would else leave float16's range on its way."""
+    """x / divisor before a linear function whose result is `Multiplied`.
+
+    The two cancel in the gradient of x, so it passes through undivided. Divided and multiplied, it could leave
+    float16's range on its way.
+    """
 
     generate_vmap_rule = True
 
@@ -83,7 +89,7 @@ class Multiplied(Divided):
 
 
 class ScaledProjections(torch.autograd.Function):
-    """projections * values between `Divided` and `Multiplied`, with the whole gradient of the values."""
+    """projections * values between `Divided` and `Multiplied`, with the undivided gradient of the values."""
 
     generate_vmap_rule = True
 
@@ -102,6 +108,7 @@ class ScaledProjections(torch.autograd.Function):
         grad_projections = (grad_products * values).to(projections.dtype) if ctx.needs_input_grad[0] else None
         grad_values = None
         if ctx.needs_input_grad[1]:
+            # In float32: the divisor gives back the size that float16 could not hold.
             grad_values = (
                 (grad_products.float() * projections * divisor.float()).sum_to_size(values.shape).to(values.dtype)
             )
@@ -109,12 +116,15 @@ class ScaledProjections(torch.autograd.Function):
 
 
 def _largest(values: tuple[Tensor, ...], dimensions: int) -> Tensor:
-    """The largest of all values, or one; of each sample where there is a row for each, with that many dimensions."""
+    """The largest of all values, but at least one.
+
+    A number, or one per sample (B, 1, ...), with so many dimensions after B, if there is a row of values per sample.
+    """
     all_values = torch.cat(values, -1) if len(values) > 1 else values[0]
     largest = all_values.abs().amax(-1).clamp(min=1).float()
     return largest.reshape(-1, *[1] * dimensions) if largest.ndim else largest
 
 
 def _divisor(size: Tensor) -> Tensor:
-    """The power of two, at most the largest one of float16, that brings ``size`` to `SAFE_EXPONENT` or below."""
+    """The power of two, at most float16's largest, that brings ``size`` down to 2^`SAFE_EXPONENT` or below."""
     return (size.log2().ceil() - SAFE_EXPONENT).clamp(0, 15).exp2().to(torch.float16)

@@ -7,22 +7,22 @@ A frozen weight W (out, in) is taken apart once and only its singular values are
 
     x (N, in) ──▶ Vᵀ (r, in) ──▶ * relu((1 + a) * S + B) (r) ──▶ U (out, r) ──▶ + bias ──▶ y (N, out)
 
-a and B are differences from the identity, so weight decay pulls towards the frozen weight.
-With delta = relu((1 + a) * S + B) - S there are four forms of the product, which hold other vectors and cost other
-multiply-adds. Forward and backward for N rows, where the frozen layer takes 2 N out in:
+a is the difference from A = 1, so weight decay on a and B pulls towards the frozen weight.
+With delta = relu((1 + a) * S + B) - S the product has several forms. They hold different vectors and cost different
+numbers of multiply-adds. A step is a forward and a backward pass of N rows; the frozen layer's takes 2 N out in:
 
-    form        product                          multiply-adds a step               holds        taken where
-    factored    U diag(S + delta) Vᵀ x           2 N r (out + in)                   U, V         all are tuned
-    rebuilt     (W + U diag(delta) Vᵀ) x         3 out in (N + r)                   U, V         and this costs less
-    one-sided   W (x + V diag(delta / S) Vᵀ x)   2 N out in + 4 N r min(out, in)    V            few are, W is quan-
-                                                                                              tised, or on demand
-    delta       W x + U diag(delta) Vᵀ x         2 N out in + 2 N r (out + in)      U, V         the others cannot be
+    form           product                       multiply-adds per step         holds  taken where
+    factored       U diag(S + delta) Vᵀ x        2 N r (out + in)               U, V   all values are tuned
+    rebuilt        (W + U diag(delta) Vᵀ) x      3 out in (N + r)               U, V   it costs less, keeps no more
+    one-sided (V)  W (x + V diag(delta/S) Vᵀ x)  2 N out in + 4 N r in          V      few values, packed W, on demand
+    one-sided (U)  W x + U diag(delta/S) Uᵀ W x  2 N out in + 4 N r out         U      the same, where out < in
+    delta          W x + U diag(delta) Vᵀ x      2 N out in + 2 N r (out + in)  U, V   no other form can be
 
-The one-sided form rests on U = W V / S, has a mirror for out < in, W x + U diag(delta / S) Uᵀ W x, and leaves to the
-delta form the few values that are too small to be divided by. Rebuilt, one-sided and delta are W x to the last bit
-while delta is zero. One row of values is shared by a whole batch, or each sample brings its own.
+The one-sided forms rest on U = W V / S. They divide by S, so values too small to divide by take the delta form.
+All forms but the factored one are W x to the last bit while delta is zero. `svdtune.forms` has the forms as objects
+and the rule that chooses one. A batch shares one row of values, or each sample brings its own.
 
-Shape legend: N rows, r rank: how many values are tuned, B batch, H W pixels, g groups of a convolution.
+Shapes: N rows, r rank (how many values are tuned), B batch, H W pixels, g groups of a convolution.
 """
 
 from __future__ import annotations
@@ -36,31 +36,34 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from svdtune.float16 import Divided, Multiplied, ScaledProjections, divisor_of_images, divisor_of_rows, divisor_of_sums
 
-# Projections of rows, and by what the rows were divided before, if they were (see `divisor_of_rows`).
+# Projections of rows, and the divisor of each row in float16 (see `divisor_of_rows`).
 Coordinates = tuple[Tensor, Tensor | None]
 
 
-def change_of_singular_values(
+def delta_of_singular_values(
     singular_values: Tensor, a: Tensor | float = 0.0, b: Tensor | float = 0.0, nonlinearity: str = "relu"
 ) -> Tensor:
-    """relu((1 + a) * S + b) - S, what the paper's transformation adds; every tensor and the result are (..., r).
+    """delta = relu((1 + a) * S + b) - S, the change of the singular values; all tensors are (..., r).
 
-    With ``nonlinearity="none"`` it is a * S + b, which may turn a singular value negative. Exactly zero where a and b
-    are zero.
+    With ``nonlinearity="none"`` it is a * S + b, which may turn a singular value negative. It is exactly zero where a
+    and b are zero.
     """
-    change = a * singular_values + b
+    delta = a * singular_values + b
     if nonlinearity == "none":
-        return change
-    least = -singular_values
-    return torch.where(change <= least, least, change)
+        return delta
+    # ReLU as a lower limit of delta: (S + delta).relu() - S would round, and not be zero at the start.
+    lowest = -singular_values
+    # `where` keeps NaN, so a broken adapter is seen, and a value at the limit gets no gradient.
+    return torch.where(delta <= lowest, lowest, delta)
 
 
 def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias with W = left diag(values) right: the factored form. W is never built, and the backward pass keeps
-    x V (N, r) instead of x (N, in).
+    """x Wᵀ + bias with W = left diag(values) right: the factored form.
 
-    Shapes: x (..., in), left (out, r), right (r, in), bias (out,); values (r,), or (B, r) with a row for each sample
-    of x (B, ..., in). Returns (..., out), computed in the dtype of x, or autocast's where it is on. ``left`` and
+    W is never built. The backward pass keeps x V (N, r) instead of x (N, in).
+
+    Shapes: x (..., in), left (out, r), right (r, in), bias (out,); values (r,), or (B, r) with a row per sample of
+    x (B, ..., in). Returns (..., out), computed in the dtype of x, or in autocast's where it is on. ``left`` and
     ``right`` get no gradient, and there is no forward-mode differentiation.
     """
     x = _as_autocast_would(x)
@@ -70,7 +73,7 @@ def scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: 
 
 
 def _scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """The product, and x V; in float16 x V / divisor, and the divisor of each row (see `divisor_of_rows`)."""
+    """The product and x V; in float16 the product, x V / divisor, and each row's divisor (see `divisor_of_rows`)."""
     divisor = divisor_of_rows(x, values)
     coordinates = F.linear(x if divisor is None else x / divisor, right.to(x.dtype))
     if divisor is None:
@@ -80,14 +83,16 @@ def _scaled_linear(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias:
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """`scaled_linear` with fewer passes over memory than autograd would make: the values are multiplied to rows or to
-    vectors, whichever are fewer, and gradients are summed in place."""
+    """`scaled_linear` with fewer passes over memory than autograd would make.
+
+    The values multiply the rows or the vectors, whichever are fewer, and gradients are summed in place.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, left: Tensor, values: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        # x V is an output, so that whoever differentiates twice comes by it to x.
+        # Return x V as an output, so that double backward can reach x through it.
         return _scaled_linear(x, left, values, right, bias)
 
     @staticmethod
@@ -105,26 +110,30 @@ class _ScaledLinear(torch.autograd.Function):
         grad_x = grad_values = grad_bias = None
         if grad_y is not None:
             divisor = divisor_of_rows(grad_y, values)
+            # grad_y U, of which both gradients are made: y = ((x V) * values) Uᵀ.
             grad_products = (grad_y if divisor is None else grad_y / divisor) @ left.to(grad_y.dtype)
             if ctx.needs_input_grad[0]:
-                grad_x = _times(_scale_and_multiply(grad_products, values, right.mT), divisor)
+                grad_x = _multiplied(_scale_and_multiply(grad_products, values, right.mT), divisor)
             if ctx.needs_input_grad[2]:
-                if divisor is not None:
+                if divisor is not None:  # both factors were divided; their product fits float32
                     grad_products = grad_products.float() * divisor * divisors[0]
                 grad_values = _sum_of_products(grad_products, coordinates, values.dtype)
             if ctx.needs_input_grad[4]:
                 grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        # Only a double backward has a gradient of x V itself.
         if grad_coordinates is not None and ctx.needs_input_grad[0]:
-            through = grad_coordinates @ right.to(grad_coordinates.dtype)
-            through = through / divisors[0] if divisors else through
-            grad_x = through if grad_x is None else grad_x + through
+            grad_from_coordinates = grad_coordinates @ right.to(grad_coordinates.dtype)
+            grad_from_coordinates = grad_from_coordinates / divisors[0] if divisors else grad_from_coordinates
+            grad_x = grad_from_coordinates if grad_x is None else grad_x + grad_from_coordinates
         return grad_x, None, grad_values, None, grad_bias
 
 
 def rebuilt_linear(
     x: Tensor, weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """x W'ᵀ + bias with W' = weight + left diag(delta) right, built in the forward and again in the backward pass.
+    """x W'ᵀ + bias with W' = weight + left diag(delta) right: the rebuilt form.
+
+    W' is built in the forward pass, and again in the backward pass.
 
     Shapes: x (..., in), weight (out, in), left (out, r), delta (r,), right (r, in), bias (out,). Returns (..., out).
     Computed in the dtype of x, or autocast's where it is on. ``weight``, ``left`` and ``right`` get no gradient.
@@ -133,7 +142,7 @@ def rebuilt_linear(
 
 
 class _RebuiltLinear(torch.autograd.Function):
-    """`rebuilt_linear` without keeping W', which is small beside the rows but would be kept for each layer."""
+    """`rebuilt_linear` without keeping W' for the backward pass, which would be one more weight per layer."""
 
     generate_vmap_rule = True
 
@@ -157,32 +166,21 @@ class _RebuiltLinear(torch.autograd.Function):
             x = x.reshape(-1, x.shape[-1])
             divisor = divisor_of_sums(rows, x)
             grad_weight = rows.mT @ (x if divisor is None else x / divisor)
-            of_vectors = (left.mT.to(grad_weight) @ grad_weight).mT
-            of_vectors = of_vectors if divisor is None else of_vectors.float() * divisor
-            grad_delta = _sum_of_products(of_vectors, right.mT, delta.dtype)
+            # The gradient of delta is the diagonal of Uᵀ grad_W V: Uᵀ grad_W (r, in), times Vᵀ, summed along its rows.
+            projected = (left.mT.to(grad_weight) @ grad_weight).mT
+            projected = projected if divisor is None else projected.float() * divisor
+            grad_delta = _sum_of_products(projected, right.mT, delta.dtype)
         if ctx.needs_input_grad[5]:
             grad_bias = rows.sum(0)
         return grad_x, None, None, grad_delta, None, grad_bias
 
 
-def rebuilding_costs_less(rows: int, out_features: int, in_features: int, backward: bool) -> bool:
-    """Whether `rebuilt_linear` takes fewer multiply-adds than `scaled_linear` for that many rows, at full rank.
+def project(x: Tensor, vectors: Tensor, *values: Tensor, bias: Tensor | None = None) -> Coordinates:
+    """x vectorsᵀ + bias, which `add_scaled` multiplies by each of ``values``.
 
-    For the forward pass alone, it does where there are more rows than the larger side. With the backward pass it can
-    only where the weight is nearly square, and it keeps x in place of x V; so never where x is larger.
-    """
-    rank = min(out_features, in_features)
-    factored = rows * rank * (out_features + in_features)
-    rebuilt = (rows + rank) * out_features * in_features
-    if not backward:
-        return _holds(rebuilt < factored)
-    return in_features == rank and _holds(3 * rebuilt < 2 * factored)
+    In float16 the rows are divided first, by as much as the largest of ``values`` asks for.
 
-
-def coordinates_of(x: Tensor, vectors: Tensor, *values: Tensor, bias: Tensor | None = None) -> Coordinates:
-    """x vectorsᵀ + bias, to be multiplied by each of ``values`` in `corrected`.
-
-    Shapes: x (..., n), vectors (r, n), bias (r,); values (r,), or (B, r) with a row for each sample of x (B, ..., n).
+    Shapes: x (..., n), vectors (r, n), bias (r,); values (r,), or (B, r) with a row per sample of x (B, ..., n).
     """
     x = _as_autocast_would(x)
     divisor = divisor_of_rows(x, *values)
@@ -192,11 +190,12 @@ def coordinates_of(x: Tensor, vectors: Tensor, *values: Tensor, bias: Tensor | N
     return coordinates if bias is None else coordinates + bias / divisor, divisor
 
 
-def corrected(x: Tensor, coordinates: Coordinates, values: Tensor, vectors: Tensor) -> Tensor:
-    """x + (coordinates * values) vectors: what the one-sided form does to its input or output, and the delta form to
-    its output.
+def add_scaled(x: Tensor, coordinates: Coordinates, values: Tensor, vectors: Tensor) -> Tensor:
+    """x + (coordinates * values) vectors.
 
-    Shapes: x (..., n), coordinates (..., r), vectors (r, n); values (r,), or (B, r) with a row for each sample.
+    The one-sided forms do this to their input or output, and the delta form to its output.
+
+    Shapes: x (..., n), coordinates (..., r), vectors (r, n); values (r,), or (B, r) with a row per sample.
     Returns (..., n) in the dtype of x, and exactly x where values are zero.
     """
     projections, divisor = coordinates
@@ -206,6 +205,7 @@ def corrected(x: Tensor, coordinates: Coordinates, values: Tensor, vectors: Tens
     products = _scaled(projections, values)
     if products.dtype != x.dtype:
         return x + (products @ vectors).to(x.dtype)
+    # One pass over x instead of a product and a sum.
     rows = products.reshape(-1, products.shape[-1])
     return torch.addmm(x.reshape(-1, x.shape[-1]), rows, vectors).reshape(x.shape)
 
@@ -220,11 +220,11 @@ def scaled_convolution(
 ) -> Tensor:
     """The convolution of x with W = left diag(values) right, one such product per group.
 
-    The rows of ``right`` are the kernels of a first convolution, which has the stride, padding and dilation of
-    ``convolution``; ``left`` mixes its r channels pixel by pixel.
+    The rows of ``right`` are the kernels of a first convolution, with the stride, padding and dilation of
+    ``convolution``. A second one, of size 1, mixes its r channels by ``left``.
 
     Shapes, in two dimensions: x (B, in, H, W), left (g, out/g, r), right (g, r, in/g * kh * kw), bias (out,); values
-    (g * r,), or (B, g * r) with a row for each sample. As for any convolution, x may come without B.
+    (g * r,), or (B, g * r) with a row per sample. As for any convolution, x may come without B.
     """
     groups, rank = right.shape[:2]
     dimensions = len(convolution.kernel_size)
@@ -232,19 +232,21 @@ def scaled_convolution(
     x = _as_autocast_would(x)
     divisor = divisor_of_images(x, values, kernels[0].numel(), dimensions)
     images = x if divisor is None else Divided.apply(x, divisor)
+    # Padding included: modes such as "reflect" pad in `_conv_forward`.
     coordinates = convolution._conv_forward(images, kernels, None)  # type: ignore[arg-type]
-    of_channels = values.reshape(*values.shape, *[1] * dimensions)
+    # One value per channel, the same at every pixel; then a 1x1 convolution with U.
+    channel_values = values.reshape(*values.shape, *[1] * dimensions)
     mix = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
     channels = left.reshape(-1, rank, *[1] * dimensions).to(x.dtype)
     if divisor is None:
-        return mix((coordinates * of_channels).to(coordinates.dtype), channels, bias, groups=groups)
-    y = mix(ScaledProjections.apply(coordinates, of_channels, divisor), channels, groups=groups)
+        return mix((coordinates * channel_values).to(coordinates.dtype), channels, bias, groups=groups)
+    y = mix(ScaledProjections.apply(coordinates, channel_values, divisor), channels, groups=groups)
     y = Multiplied.apply(y, divisor)
     return y if bias is None else y + bias.reshape(-1, *[1] * dimensions).to(y.dtype)
 
 
-def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:
-    """y + left diag(values) leftᵀ (y - bias), pixel by pixel: the one-sided form of a convolution whose output is y.
+def add_scaled_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:
+    """y + left diag(values) leftᵀ (y - bias) at each pixel: the one-sided form of a convolution with output y.
 
     Shapes, in two dimensions: y (B, out, H, W), left (g, out/g, r), bias (out,); values (g * r,), or (B, g * r).
     Returns the shape of y, which may come without B.
@@ -255,14 +257,16 @@ def corrected_channels(y: Tensor, left: Tensor, values: Tensor, bias: Tensor | N
     divisor = divisor_of_images(images, values, y.shape[-dimensions - 1], dimensions)
     if divisor is not None:
         images, divisor = Divided.apply(images, divisor), divisor.flatten(-dimensions).unsqueeze(-1)
+    # Uᵀ y of each group, (B, g, r, H * W).
     coordinates = left.mT @ images.flatten(-dimensions).unflatten(-2, (groups, -1))
     if bias is not None:
-        of_bias = left.mT @ bias.reshape(groups, -1, 1).to(left.dtype)
-        coordinates = coordinates - (of_bias if divisor is None else of_bias / divisor)
-    of_groups = values.unflatten(-1, (groups, -1, 1))
+        # Only W x is scaled, so Uᵀ bias is subtracted here: y - bias would be one more tensor of the size of y.
+        projected_bias = left.mT @ bias.reshape(groups, -1, 1).to(left.dtype)
+        coordinates = coordinates - (projected_bias if divisor is None else projected_bias / divisor)
+    group_values = values.unflatten(-1, (groups, -1, 1))
     if divisor is None:
-        return y + (left @ (coordinates * of_groups).to(coordinates.dtype)).reshape(y.shape).to(y.dtype)
-    products = left @ ScaledProjections.apply(coordinates, of_groups, divisor)
+        return y + (left @ (coordinates * group_values).to(coordinates.dtype)).reshape(y.shape).to(y.dtype)
+    products = left @ ScaledProjections.apply(coordinates, group_values, divisor)
     return y + Multiplied.apply(products, divisor).reshape(y.shape).to(y.dtype)
 
 
@@ -276,12 +280,15 @@ def weight_change(left: Tensor, delta: Tensor, right: Tensor) -> Tensor:
     return (left.to(dtype) * delta) @ right.to(dtype)
 
 
-def _times(x: Tensor, divisor: Tensor | None) -> Tensor:
+def _multiplied(x: Tensor, divisor: Tensor | None) -> Tensor:
     return x if divisor is None else x * divisor
 
 
-def _holds(condition: bool) -> bool:
-    """A comparison of sizes; False where a compiler or an exporter leaves them open, so that its graph serves all."""
+def known_to_hold(condition: bool) -> bool:
+    """Whether a comparison of sizes is true.
+
+    False where a compiler or exporter leaves the sizes open, so that one graph serves all sizes.
+    """
     return statically_known_true(condition) if torch.compiler.is_compiling() else condition
 
 
@@ -291,23 +298,27 @@ def _scaled(coordinates: Tensor, values: Tensor) -> Tensor:
 
 
 def _for_each_row(values: Tensor, dimensions: int) -> Tensor:
-    """``values`` (r,) or (B, r), to be multiplied with a tensor (B, ..., r) of that many dimensions."""
+    """``values`` (r,) or (B, r) in a shape that multiplies a tensor (B, ..., r) of so many dimensions."""
     return values if values.ndim == 1 else values.reshape(len(values), *[1] * (dimensions - 2), -1)
 
 
 def _scale_and_multiply(rows: Tensor, values: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(rows * values) matrixᵀ + bias, in the dtype of rows; the values go to the matrix where that has fewer rows.
+    """(rows * values) matrixᵀ + bias, in the dtype of rows. The values multiply whichever is smaller.
 
     Shapes: rows (..., r), values (r,) or (B, r), matrix (out, r), bias (out,); returns (..., out).
     """
     bias = None if bias is None else bias.to(rows.dtype)
-    if values.ndim == 1 and _holds(rows.numel() > matrix.numel()):
+    if values.ndim == 1 and known_to_hold(rows.numel() > matrix.numel()):
         return _linear(rows, (matrix * values).to(rows.dtype), bias)
     return _linear(_scaled(rows, values), matrix.to(rows.dtype), bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, but never a view, as that is with a bias: nobody could change one of ours in place."""
+    """F.linear, but never a view.
+
+    F.linear with a bias returns a view for x of three dimensions or more. Autograd forbids changing a view that a
+    custom function returned in place.
+    """
     if bias is None or x.ndim == 2:
         return F.linear(x, weight, bias)
     rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.mT)
@@ -315,18 +326,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rebuilt(weight: Tensor, left: Tensor, delta: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + U diag(delta) Vᵀ, from factors that are rounded to ``dtype`` first."""
+    """W + U diag(delta) Vᵀ; the factors are rounded to ``dtype`` first."""
     return torch.addmm(weight.to(dtype), (left * delta).to(dtype), right.to(dtype))
 
 
 def _sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of a * b (..., r) over all but the last dimension, (r,); ``a`` is overwritten where nobody needs it."""
+    """The sum of a * b (..., r) over all but the last dimension, (r,)."""
+    # In place, unless a double backward needs ``a``.
     products = a * b if torch.is_grad_enabled() else a.mul_(b)
     return products.reshape(-1, products.shape[-1]).sum(0, dtype=dtype)
 
 
 def _as_autocast_would(x: Tensor) -> Tensor:
-    """x in autocast's dtype where it is on: what it goes into is no function that autocast knows."""
+    """x in autocast's dtype, where it is on: autocast does not know our functions."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype is torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

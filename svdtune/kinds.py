@@ -1,70 +1,84 @@
-"""The kinds of layers that can be tuned: how each one's weight is a batch of matrices, and how it multiplies."""
+"""The kinds of layers that can be tuned: how each weight is a batch of matrices, and the product in each form.
+
+`SVDScaleShiftLayer` documents the methods that a kind defines. In the one-sided forms, the tail is the last singular
+values, which are too small to divide by (see `svdtune.spectrum`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from svdtune.forms import DELTA, FACTORED, ONE_SIDED_U, ONE_SIDED_V, REBUILT
 from svdtune.functional import (
-    coordinates_of,
-    corrected,
-    corrected_channels,
-    rebuilding_costs_less,
+    add_scaled,
+    add_scaled_channels,
+    project,
     rebuilt_linear,
     scaled_convolution,
     scaled_linear,
 )
 from svdtune.layer import SVDScaleShiftLayer
-from svdtune.spectrum import Sides
 
 
 class Linear(SVDScaleShiftLayer):
-    """`nn.Linear` or a quantised kin of it, its weight one matrix (1, out, in)."""
+    """`nn.Linear` or a quantised layer of its kind. Its weight is one matrix, (1, out, in)."""
 
+    forms = (FACTORED, REBUILT, ONE_SIDED_V, ONE_SIDED_U, DELTA)
     stock_forwards: tuple[Callable[..., Any], ...] = (nn.Linear.forward,)
 
-    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
-        left, right, bias = self.spectrum.left[0], self.spectrum.right[0], self._bias
-        rows, weight = x.numel() // self.in_features, self._weight_at_hand()
-        costs_less = rebuilding_costs_less(rows, self.out_features, self.in_features, torch.is_grad_enabled())
-        if costs_less and weight is not None and change.ndim == 1:
-            return rebuilt_linear(x, weight, left, change, right, bias)
-        return scaled_linear(x, left, self.spectrum.singular_values + change, right, bias)
-
-    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def factored_product(self, x: Tensor, delta: Tensor) -> Tensor:
         spectrum = self.spectrum
-        left, right = spectrum.left[0], spectrum.right[0]
-        relative, of_tail = change * spectrum.reciprocals, spectrum.of_tail(change)
-        divided = spectrum.rank - spectrum.tail
-        if spectrum.sides == "left":
-            y = self.base_layer(x, *args, **kwargs)
-            of_bias = None if self._bias is None else -(self._bias.to(left.dtype) @ left)
-            coordinates = coordinates_of(self._like_factors(y), left.mT, relative, bias=of_bias)
-            result = corrected(y, coordinates, relative, left.mT)
-            if spectrum.tail:
-                of_x = coordinates_of(self._like_factors(x), right, of_tail)
-                result = corrected(result, of_x, of_tail, left[:, divided:].mT)
-            return result
-        coordinates = coordinates_of(self._like_factors(x), right, relative, of_tail)
-        y = self.base_layer(corrected(x, coordinates, relative, right) if divided else x, *args, **kwargs)
-        if not spectrum.tail:
-            return y
-        return corrected(y, (coordinates[0][..., divided:], coordinates[1]), of_tail, left.mT)
+        return scaled_linear(x, spectrum.left[0], spectrum.singular_values + delta, spectrum.right[0], self._bias)
+
+    def rebuilt_product(self, x: Tensor, delta: Tensor) -> Tensor:
+        weight = self.to_matrices(self._parameter().detach())[0]
+        return rebuilt_linear(x, weight, self.spectrum.left[0], delta, self.spectrum.right[0], self._bias)
+
+    def rows_to_rebuild_for(self, x: Tensor, delta: Tensor) -> int | None:
+        weight = self._parameter()
+        # FSDP and DeepSpeed hold the weight in shards. A row of delta per sample would mean a W' per sample.
+        is_sharded = hasattr(weight, "full_tensor") or weight.numel() != self.out_features * self.in_features
+        if is_sharded or weight.dtype != self.spectrum.dtype or delta.ndim > 1:
+            return None
+        return x.numel() // self.in_features
+
+    def right_sided_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # W' x = W (x + V diag(delta / S) Vᵀ x), and U diag(delta) Vᵀ x for the tail, which is too small to divide by.
+        spectrum = self.spectrum
+        vectors, divided = spectrum.vectors[0], spectrum.rank - spectrum.tail
+        relative_delta, tail_delta = delta * spectrum.reciprocals, spectrum.tail_values(delta)
+        # Vᵀ x of all values, once: the leading ones change the input, the tail changes the output.
+        coordinates, divisor = project(self._like_factors(x), vectors, relative_delta, tail_delta)
+        if divided:
+            x = add_scaled(x, (coordinates, divisor), relative_delta, vectors)
+        y = self.base_layer(x, *args, **kwargs)
+        if spectrum.tail:
+            y = add_scaled(y, (coordinates[..., divided:], divisor), tail_delta, spectrum.left[0].mT)
+        return y
+
+    def left_sided_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # W' x = y + U diag(delta / S) Uᵀ y with y = W x, and U diag(delta) Vᵀ x for the tail.
+        spectrum = self.spectrum
+        vectors, relative_delta = spectrum.vectors[0], delta * spectrum.reciprocals
+        y = self.base_layer(x, *args, **kwargs)
+        # The base layer's output includes the bias, which is not to be scaled: Uᵀ W x = Uᵀ (output - bias).
+        bias = None if self._bias is None else -(self._bias.to(vectors.dtype) @ vectors.mT)
+        coordinates = project(self._like_factors(y), vectors, relative_delta, bias=bias)
+        y = add_scaled(y, coordinates, relative_delta, vectors)
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        coordinates = project(self._like_factors(x), self.spectrum.right[0], delta)
+        return add_scaled(y, coordinates, delta, self.spectrum.left[0].mT)
 
     @property
     def _bias(self) -> Tensor | None:
         return cast("Tensor | None", getattr(self.get_base_layer(), "bias", None))
-
-    def _weight_at_hand(self) -> Tensor | None:
-        """The base weight as a matrix, unless FSDP or DeepSpeed have it in pieces."""
-        weight = self._parameter()
-        in_pieces = hasattr(weight, "full_tensor") or weight.numel() != self.out_features * self.in_features
-        return None if in_pieces or weight.dtype != self.spectrum.dtype else self.to_matrices(weight.detach())[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -73,7 +87,7 @@ class Linear(SVDScaleShiftLayer):
 class LinearConv1D(Linear):
     """transformers' Conv1D, a linear layer that holds its weight as (in, out).
 
-    (By the name of its class, PEFT knows it for a linear layer where "all-linear" is asked for again.)
+    PEFT looks for this class name: with "all-linear", it adds further adapters to layers of this name too.
     """
 
     stock_forwards = (Conv1D.forward,)
@@ -89,8 +103,11 @@ class LinearConv1D(Linear):
 
 
 class Convolution(SVDScaleShiftLayer):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, its weight one matrix a group, (g, out/g, in/g * kh * kw)."""
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`. Its weight is one matrix per group, (g, out/g, in/g * kh * kw)."""
 
+    # Vᵀ projects patches, which overlap: no change of the image would change the patches alike. So there is no
+    # one-sided form with V.
+    forms = (FACTORED, ONE_SIDED_U, DELTA)
     stock_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
@@ -103,27 +120,26 @@ class Convolution(SVDScaleShiftLayer):
     def from_matrices(self, matrices: Tensor) -> Tensor:
         return matrices.reshape(self._parameter().shape)
 
-    def smaller_side(self, matrices: Tensor) -> Sides:
-        # On the input's side the vectors are patches, and there is no image that would change them all.
-        return "left" if matrices.shape[1] <= matrices.shape[2] else "both"
+    def factored_product(self, x: Tensor, delta: Tensor) -> Tensor:
+        spectrum, convolution = self.spectrum, self._convolution
+        values = spectrum.singular_values + delta
+        return scaled_convolution(x, spectrum.left, values, spectrum.right, convolution.bias, convolution)
 
-    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
-        spectrum, bias = self.spectrum, self._convolution.bias
-        values = spectrum.singular_values + change
-        return scaled_convolution(x, spectrum.left, values, spectrum.right, bias, self._convolution)
-
-    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def left_sided_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # At each pixel W' x = y + U diag(delta / S) Uᵀ y with y = W x, and U diag(delta) Vᵀ x for the tail.
         spectrum, convolution = self.spectrum, self._convolution
         y = self.base_layer(x, *args, **kwargs)
-        divided = spectrum.rank - spectrum.tail
-        if divided:
-            dimensions, relative = len(convolution.kernel_size), change * spectrum.reciprocals
-            y = corrected_channels(y, spectrum.left, relative, convolution.bias, dimensions)
-        if spectrum.tail:
-            left, values = spectrum.left[..., divided:], spectrum.of_tail(change)
-            of_tail = scaled_convolution(self._like_factors(x), left, values, spectrum.right, None, convolution)
-            y = y + of_tail.to(y.dtype)
-        return y
+        if spectrum.tail < spectrum.rank:
+            relative_delta, dimensions = delta * spectrum.reciprocals, len(convolution.kernel_size)
+            y = add_scaled_channels(y, spectrum.vectors.mT, relative_delta, convolution.bias, dimensions)
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        spectrum = self.spectrum
+        change = scaled_convolution(
+            self._like_factors(x), spectrum.left, delta, spectrum.right, None, self._convolution
+        )
+        return y + change.to(y.dtype)
 
     @property
     def _convolution(self) -> nn.Conv2d:
@@ -131,31 +147,28 @@ class Convolution(SVDScaleShiftLayer):
 
 
 class Embedding(SVDScaleShiftLayer):
-    """`nn.Embedding`, its weight one matrix (1, rows, features)."""
+    """`nn.Embedding`. Its weight is one matrix, (1, rows, features), and its output rows of it: uᵀ diag(S) Vᵀ."""
+
+    # One-sided even where all values are tuned: a vocabulary is long, and U would be as large as the weight.
+    forms = (ONE_SIDED_V, DELTA)
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
         return matrices.shape[1], matrices.shape[2]
 
-    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
-        # A vocabulary is much longer than its vectors, which makes U as large as the weight.
-        return self.smaller_side(matrices)
-
-    def smaller_side(self, matrices: Tensor) -> Sides:
-        return "right" if matrices.shape[1] >= matrices.shape[2] else "both"
-
-    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def right_sided_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # W' is W + W V diag(delta / S) Vᵀ, so here V changes the output, and U diag(delta) Vᵀ for the tail.
         spectrum = self.spectrum
-        left, right, divided = spectrum.left[0], spectrum.right[0], spectrum.rank - spectrum.tail
         y = self.base_layer(x, *args, **kwargs)
-        if divided:
-            relative = change * spectrum.reciprocals
-            y = corrected(y, coordinates_of(self._like_factors(y), right, relative), relative, right)
-        if spectrum.tail:
-            coordinates = F.embedding(x, left)
-            scale = self._get_embed_scale()  # some models' embeddings multiply what they look up
-            coordinates = coordinates if scale is None else coordinates * scale.to(coordinates.dtype)
-            y = corrected(y, (coordinates, None), spectrum.of_tail(change), right[divided:])
-        return y
+        if spectrum.tail < spectrum.rank:
+            vectors, relative_delta = spectrum.vectors[0], delta * spectrum.reciprocals
+            y = add_scaled(y, project(self._like_factors(y), vectors, relative_delta), relative_delta, vectors)
+        return self.with_delta(y, x, spectrum.tail_values(delta)) if spectrum.tail else y
+
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        coordinates = F.embedding(x, self.spectrum.left[0])
+        scale = self._get_embed_scale()  # some models' embeddings multiply the rows that they look up
+        coordinates = coordinates if scale is None else coordinates * scale.to(coordinates.dtype)
+        return add_scaled(y, (coordinates, None), delta, self.spectrum.right[0])
 
 
 LAYER_KINDS: dict[type[nn.Module], type[SVDScaleShiftLayer]] = {

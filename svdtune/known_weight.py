@@ -1,4 +1,4 @@
-"""Notices that a weight is no longer the one that was decomposed: DDP, for one, sends that of process 0 to all."""
+"""Notices that a weight is no longer the one that was decomposed: DDP, for example, sends process 0's to all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from svdtune.float8 import is_float8
 
-# Of a row's length: its products may come out differently by that much where they are summed in another order.
+# Relative to a row's norm: how much its products may differ where they are summed in another order.
 TOLERANCE = 1e-5
 
 
 class KnownWeight:
-    """What a weight answered when it was decomposed.
+    """The state and a few products of a weight, taken when it was decomposed.
 
-    Looking whether it was replaced or written to since costs nothing; only then are its numbers looked at. Where FSDP
-    puts it together at every step, in a tensor that is no parameter, they are looked at once.
+    To see whether it was replaced or written to costs nothing; only then are its numbers compared. FSDP puts the
+    weight together at every step, in a new tensor that is no parameter, so there they are compared once.
 
     Args:
         weight: The weight, of any shape.
@@ -24,32 +24,32 @@ class KnownWeight:
     def __init__(self, weight: Tensor) -> None:
         self._state = _state_of(weight)
         self._dtype = weight.dtype
-        self._answer = _answer_of(weight)
+        self._products = _products_of(weight)
         self._is_settled = False
 
     def is_another(self, weight: Tensor) -> bool:
-        """Whether ``weight`` holds other numbers than those that are known, but for rounding to another dtype."""
+        """Whether the numbers of ``weight`` are others than the known ones, apart from rounding to another dtype."""
         state = _state_of(weight)
-        if state == self._state or weight.is_meta or self._answer is None or self._is_settled:
+        if state == self._state or weight.is_meta or self._products is None or self._is_settled:
             return False
-        answer = _answer_of(weight)
-        if answer is not None and answer.shape == self._answer.shape:
+        products = _products_of(weight)
+        if products is not None and products.shape == self._products.shape:
             tolerance = TOLERANCE if weight.dtype == self._dtype else 4 * torch.finfo(weight.dtype).eps
-            if ((answer - self._answer).abs() > tolerance * self._answer[0]).any():
+            if ((products - self._products).abs() > tolerance * self._products[0]).any():
                 return True
         self._state, self._is_settled = state, not isinstance(weight, nn.Parameter)
         return False
 
 
 def _state_of(weight: Tensor) -> tuple[int, int, int | None]:
-    """Which tensor it is, where its numbers are, and how often it was written to, where torch counts that."""
+    """The tensor's identity, its address, and how often it was written to, if torch counts that."""
     place = weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta else 0
     return id(weight), place, None if weight.is_inference() else weight._version
 
 
 @torch.no_grad()
-def _answer_of(weight: Tensor) -> Tensor | None:
-    """Lengths and fixed products of the rows, (3, rows), on the CPU; None where there are no numbers to be read."""
+def _products_of(weight: Tensor) -> Tensor | None:
+    """The rows' norms and products with two fixed vectors, (3, rows), on the CPU; None if it has no numbers here."""
     if weight.is_meta or not weight.is_floating_point() or is_float8(weight) or hasattr(weight, "full_tensor"):
         return None
     with torch.autocast(weight.device.type, enabled=False):

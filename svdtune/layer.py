@@ -1,8 +1,11 @@
-"""What every tuned layer has in common: adapters by name, forward, mixed batches, merge and unmerge."""
+"""What all tuned layers have in common: adapters by name, forward, mixed batches, merge and unmerge.
+
+`SVDScaleShiftLayer` is the base class; its docstring says what a kind of layer has to define. `svdtune.kinds` has the
+kinds, `svdtune.forms` the rule that chooses a form of the product, `svdtune.merging` the two ways to merge.
+"""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 import warnings
@@ -19,29 +22,49 @@ from svdtune.cache import cache_folder
 from svdtune.computed_weights import REMEDY, is_computed
 from svdtune.config import SVDScaleShiftConfig
 from svdtune.float8 import is_float8, readable
-from svdtune.functional import change_of_singular_values
+from svdtune.forms import Form, choose
+from svdtune.functional import delta_of_singular_values
 from svdtune.known_weight import KnownWeight
 from svdtune.learned import LearnedVector, ToBeRead, stacked
+from svdtune.merging import PlainMerge, QuantizedMerge, merged_weight
 from svdtune.offloading import brought_back
 from svdtune.reading import weight_to_read
-from svdtune.spectrum import Sides, Spectrum
+from svdtune.spectrum import Spectrum
 
-BASE = "__base__"  # PEFT's name, in a mixed batch, for samples that no adapter changes
+BASE = "__base__"  # in a mixed batch, PEFT's name for samples without an adapter
 
 
 class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     """A frozen layer of which named adapters scale and shift the singular values.
 
-    A subclass says how the base layer's product is changed (`changed_product`), and how the weight is a batch of
-    matrices where it is not one (`to_matrices`, `from_matrices`). Several active adapters add their changes of the
-    singular values.
+    Several active adapters add their deltas, the changes of the singular values.
+
+    A kind of layer is a subclass. It defines, with g matrices per weight (g > 1 in grouped convolutions):
+
+    - ``forms``: the forms of the product that it offers (see `svdtune.forms`), as data.
+    - For each of them the method that `Form.hook` names. All take x and ``delta``, (g * rank,) for the whole batch or
+      (B, g * rank) with a row per sample, and return what the base layer would with the weight W + U diag(delta) Vᵀ:
+
+      - ``factored_product(x, delta)`` and ``rebuilt_product(x, delta)`` replace the base layer's own product.
+      - ``right_sided_product(x, delta, *args, **kwargs)`` and ``left_sided_product(...)``, the one-sided forms with V
+        and with U, call the base layer with the further arguments, and change its input or its output.
+      - ``delta_product(...)`` is defined here; a kind defines ``with_delta(y, x, delta)``, what it adds to the output
+        y. The one-sided forms add the same for the tail, the values that are too small to divide by.
+
+    - ``rows_to_rebuild_for(x, delta)``: how many rows W' can be rebuilt for, if it offers the rebuilt form.
+    - ``to_matrices(weight)`` and ``from_matrices(matrices)``: the weight as matrices (g, out, in), and back.
+    - ``features(matrices)``: the sizes (in, out) of its inputs and outputs.
+    - ``stock_forwards``: torch's own forward methods, which the factored and rebuilt products may replace. Where the
+      base layer has another forward method, or hooks, it is called.
+
+    A kind without a matrix product of its own overrides ``forward`` (see `svdtune.param_wrapper`).
 
     Args:
         base_layer: The layer to tune.
         adapter_name: The first adapter's name.
         config: Its choices.
-        rank_pattern_key: Which entry of ``config.rank_pattern`` says the rank; ``config.rank`` does if None.
-        quantization_backend: What gives and takes the weight where it is quantised.
+        rank_pattern_key: The entry of ``config.rank_pattern`` that gives the rank; ``config.rank`` gives it if None.
+        quantization_backend: PEFT's access to the weight where it is quantised.
 
     Attributes:
         base_layer: The layer as it was.
@@ -50,8 +73,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         svd_scale_shift_b: B of each adapter that learns it, (g * rank,), from zero, in units of the singular values.
         rank: How many leading singular values each adapter tunes.
         nonlinearity: What follows A * S + B in each adapter.
-        scaling: What an adapter's change of the singular values is multiplied by, if by another number than one; not
-            saved.
+        scaling: The factor of an adapter's delta, where it is not one; not saved.
 
     Raises:
         ValueError: if the weight has no values yet (meta device), or values that are not finite.
@@ -59,7 +81,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("svd_scale_shift_a", "svd_scale_shift_b")
     cast_input_dtype_enabled = True  # diffusers' layerwise casting sets it
-    stock_forwards: tuple[Callable[..., Any], ...] = ()  # of torch's own modules, whose place a product can take
+    forms: tuple[Form, ...] = ()
+    stock_forwards: tuple[Callable[..., Any], ...] = ()
     other_param_names = ("rank", "nonlinearity", "scaling")
 
     def __init__(
@@ -82,12 +105,10 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.threads_of_mixed_batches: set[int] = set()
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self._before_merge: Any = None
+        self._merge = PlainMerge() if quantization_backend is None else QuantizedMerge(quantization_backend)
         matrices = self._checked_matrices()
         self.in_features, self.out_features = self.features(matrices)
-        rank = config.rank_of(rank_pattern_key, min(matrices.shape[1:]))
-        sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
-        self.spectrum = Spectrum(matrices, rank, sides, cache)
+        self._decompose_for(config, matrices, config.rank_of(rank_pattern_key, min(matrices.shape[1:])))
         self._known_weight: KnownWeight | None = None
         self._numel_of_weight = matrices.numel()  # under FSDP a process may hold a part of it
         self._know_weight()
@@ -97,11 +118,9 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: SVDScaleShiftConfig, rank_pattern_key: str | None = None
     ) -> None:
         """Adds an adapter, or resets the one of that name."""
-        rank = config.rank_of(rank_pattern_key, self.spectrum.available_rank)
+        rank = config.rank_of(rank_pattern_key, min(self.spectrum.shape))
         if rank > self.spectrum.rank:
-            matrices = self._checked_matrices()
-            sides, cache = self.sides(matrices, rank, config.one_sided), cache_folder(config.svd_cache)
-            self.spectrum = Spectrum(matrices, rank, sides, cache)
+            self._decompose_for(config, self._checked_matrices(), rank)
         self.rank[adapter_name] = rank
         self.nonlinearity[adapter_name] = config.nonlinearity
         self.scaling.pop(adapter_name, None)
@@ -115,41 +134,43 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def features(self, matrices: Tensor) -> tuple[int, int]:
-        """How many features, or channels, go in and come out."""
+        """The sizes (in, out) of inputs and outputs: features or channels."""
         return matrices.shape[2], matrices.shape[1]
 
     def to_matrices(self, weight: Tensor) -> Tensor:
-        """The weight as matrices to decompose, (g, out, in); as one, unless a subclass says otherwise."""
+        """The weight as matrices to decompose, (g, out, in)."""
         return weight.unsqueeze(0)
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         """The reverse of `to_matrices`: matrices (g, out, in) in the shape of the weight."""
         return matrices[0]
 
-    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
-        """Whose vectors to hold: those of the smaller side where that is asked for, or costs less than both.
+    def rows_to_rebuild_for(self, x: Tensor, delta: Tensor) -> int | None:
+        """How many rows the rebuilt form would multiply with W'; None if W' cannot be rebuilt for this input."""
+        return None
 
-        It does where few values are tuned, and where a quantised layer must compute its own product anyway. Where all
-        are tuned, holding both sides saves that product.
-        """
-        if one_sided or rank < min(matrices.shape[1:]) or self._is_packed:
-            return self.smaller_side(matrices)
-        return "both"
-
-    def smaller_side(self, matrices: Tensor) -> Sides:
-        """The side with the shorter vectors, if a product with them alone can be changed."""
-        return "left" if matrices.shape[1] < matrices.shape[2] else "right"
-
-    def changed_product(self, x: Tensor, change: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the base layer, as if its weight were W + U diag(change) Vᵀ.
-
-        ``change`` is (g * rank,), or (B, g * rank) with a row for each sample.
-        """
+    def with_delta(self, y: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+        """y + U diag(delta) Vᵀ x, with ``delta`` (g * tail,) or (B, g * tail) for the tail of the spectrum."""
         raise NotImplementedError
 
-    def whole_product(self, x: Tensor, change: Tensor) -> Tensor:
-        """The same without the base layer, where both sides of all its singular values are held."""
-        return self.changed_product(x, change)
+    def delta_product(self, x: Tensor, delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The delta form: the base layer's output plus U diag(delta) Vᵀ x. The tail is all of the values here."""
+        return self.with_delta(self.base_layer(x, *args, **kwargs), x, delta)
+
+    def form_for(self, x: Tensor, delta: Tensor) -> Form:
+        """The form of the product that `forward` takes."""
+        spectrum = self.spectrum
+        # One side's vectors leave one form, which runs the base layer.
+        if spectrum.sides != "both" or self._base_layer_must_run():
+            return choose(self.forms, spectrum.shape, spectrum.rank, held=spectrum.sides, base_layer_runs=True)
+        return choose(
+            self.forms,
+            spectrum.shape,
+            spectrum.rank,
+            held="both",
+            rows=self.rows_to_rebuild_for(x, delta),
+            backward=torch.is_grad_enabled(),
+        )
 
     @property
     def svd_scale_shift_scale(self) -> Mapping[str, Tensor]:
@@ -165,12 +186,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         """Whether this layer is tuned by the adapter of that name."""
         return adapter_name in self.rank
 
-    def change_of_singular_values(self, adapter_name: str) -> Tensor:
+    def delta_of(self, adapter_name: str) -> Tensor:
         """relu(A * S + B) - S of one adapter, (g * rank,), in float32 or better; zero beyond the rank it tunes."""
-        return self._changes([adapter_name])[0]
+        return self._deltas_of([adapter_name])[0]
 
-    def _changes(self, adapter_names: list[str]) -> Tensor:
-        """The changes of several adapters that have rank and non-linearity in common, (adapters, g * rank)."""
+    def _deltas_of(self, adapter_names: list[str]) -> Tensor:
+        """The deltas of several adapters of the same rank and nonlinearity, (adapters, g * rank)."""
         first = adapter_names[0]
         rank, nonlinearity = self.rank[first], self.nonlinearity[first]
         vectors = self.svd_scale_shift_a if first in self.svd_scale_shift_a else self.svd_scale_shift_b
@@ -180,38 +201,39 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         singular_values = self.spectrum.leading(self.spectrum.singular_values, rank)
         a = stacked(self.svd_scale_shift_a, adapter_names, singular_values)
         b = stacked(self.svd_scale_shift_b, adapter_names, singular_values)
-        change = change_of_singular_values(singular_values, a, b, nonlinearity)
-        return self.spectrum.padded(self._scaled(change, adapter_names), rank)
+        deltas = delta_of_singular_values(singular_values, a, b, nonlinearity)
+        return self.spectrum.padded(self._scaled(deltas, adapter_names), rank)
 
-    def _scaled(self, changes: Tensor, adapter_names: list[str]) -> Tensor:
+    def _scaled(self, deltas: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each adapter's delta (adapters, g * rank) times its `scaling`."""
         if not self.scaling:
-            return changes
+            return deltas
         factors = [self.scaling.get(name, 1.0) for name in adapter_names]
-        return changes * torch.tensor(factors, dtype=changes.dtype, device=changes.device)[:, None]
+        return deltas * torch.tensor(factors, dtype=deltas.dtype, device=deltas.device)[:, None]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiplies an adapter's change of the weight by a number, as diffusers' ``set_adapters`` asks for."""
+        """Sets the factor of an adapter's delta, as diffusers' ``set_adapters`` does."""
         if self.has_adapter(adapter_name):
             self.scaling[adapter_name] = scale
             if scale == 1:
                 del self.scaling[adapter_name]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiplies the changes of the active adapters by a number more."""
+        """Multiplies the factors of the active adapters' deltas by a number."""
         for adapter_name in self.active_adapters:
             self.set_scale(adapter_name, self.scaling.get(adapter_name, 1.0) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """The reverse of `scale_layer`; without a number, of all that was multiplied."""
+        """The reverse of `scale_layer`; without a number, sets the factors to one."""
         for adapter_name in self.active_adapters:
             self.set_scale(adapter_name, 1.0 if scale is None else self.scaling.get(adapter_name, 1.0) / scale)
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies with now: W' with its gradient while adapters act on it, and else the base weight.
+        """What the layer multiplies with now: W', with its gradient, while adapters act on it; else the base weight.
 
-        For modules that read it instead of calling the layer, so that they are tuned, and merged alike. It is computed
-        when it is used (see `reading`), anew at every read.
+        Some modules read the weight instead of calling the layer. W' is computed when it is used (see `reading`), and
+        again for each read.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -220,21 +242,21 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if self.threads_of_mixed_batches and threading.get_ident() in self.threads_of_mixed_batches:
             return weight_to_read(self.spectrum.singular_values, _refuse_to_read, self._like_weight())
         self._follow_weight()
-        change = self._change_of_active_adapters()
-        if change is None:
+        delta = self._delta_of_active_adapters()
+        if delta is None:
             return self._parameter()
-        return weight_to_read(change, self.changed_weight, self._like_weight())
+        return weight_to_read(delta, self.changed_weight, self._like_weight())
 
-    def changed_weight(self, change: Tensor) -> Tensor:
-        """W + U diag(change) Vᵀ in the shape and dtype of the base weight W; ``change`` is (g * rank,)."""
+    def changed_weight(self, delta: Tensor) -> Tensor:
+        """W' = W + U diag(delta) Vᵀ in the shape and dtype of the base weight W; ``delta`` is (g * rank,)."""
         with brought_back(self.base_layer):
             weight = self._unmerged_weight()
-            difference = self.from_matrices(self.spectrum.change_of(self.to_matrices(weight), change))
-            return weight.to(difference.dtype).add(difference).to(weight.dtype)
+            change = self.from_matrices(self.spectrum.weight_change(self.to_matrices(weight), delta))
+            return weight.to(change.dtype).add(change).to(weight.dtype)
 
     def _like_weight(self) -> Tensor:
-        """A tensor with the shape, dtype and device that W' has; the weight may be packed where it is quantised."""
-        if self.quantization_backend is not None:
+        """A tensor with the shape, dtype and device of W', which may differ from those of a packed weight."""
+        if self._is_quantized:
             return self.spectrum.left.new_empty(()).expand(self.out_features, self.in_features)
         weight = self._parameter()
         return self.spectrum.left.new_empty(()).expand(weight.shape) if is_float8(weight) else weight
@@ -242,8 +264,8 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' - W of one adapter, in the shape of the base weight and in float32 or better."""
         self._follow_weight()
-        delta = self.change_of_singular_values(adapter_name)
-        return self.from_matrices(self.spectrum.change_of(self.to_matrices(self._unmerged_weight()), delta))
+        delta = self.delta_of(adapter_name)
+        return self.from_matrices(self.spectrum.weight_change(self.to_matrices(self._unmerged_weight()), delta))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -252,51 +274,54 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         self._follow_weight()
         if adapter_names is not None:
-            change = self._change_of_each_sample(x, adapter_names)
+            delta = self._delta_of_each_sample(x, adapter_names)
         elif self.merged:
             return self.base_layer(x, *args, **kwargs)
         else:
-            change = self._change_of_active_adapters()
-        if change is None:
+            delta = self._delta_of_active_adapters()
+        if delta is None:
             return self.base_layer(x, *args, **kwargs)
-
-        spectrum = self.spectrum
-        if spectrum.full_rank and spectrum.sides == "both" and not self._base_layer_must_run():
-            return self.whole_product(x, change)
-        return self.changed_product(x, change, *args, **kwargs)
+        return self.form_for(x, delta).product(self, x, delta, *args, **kwargs)
 
     def _like_factors(self, x: Tensor) -> Tensor:
-        """``x`` in the dtype of U and V: a quantised layer takes other dtypes, and answers in them."""
+        """``x`` in the dtype of U and V, since a quantised layer takes and returns other dtypes."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.spectrum.dtype)
 
     def _base_layer_must_run(self) -> bool:
-        """Whether it computes with a weight that is not at hand, or somebody waits for it to be called."""
+        """Whether the base layer must be called: its weight is packed or learns, or its forward is not torch's own."""
         base_layer = self.base_layer
+        # Hooks wait for a call of the base layer, also accelerate's, which brings offloaded weights back.
         backward_hooks = base_layer._backward_hooks or base_layer._backward_pre_hooks
         hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks or hasattr(base_layer, "_hf_hook")
         patched = "forward" in base_layer.__dict__ or type(base_layer).forward not in self.stock_forwards
         return bool(hooked or backward_hooks) or patched or self._is_packed or self._weight_learns()
 
     def _weight_learns(self) -> bool:
-        """Whether the base weight takes a gradient; FSDP's views of frozen weights only look as if they did."""
+        """Whether the base weight takes a gradient."""
+        # FSDP's views of frozen weights say so too, but they are no parameters.
         weight = self._parameter()
         return isinstance(weight, nn.Parameter) and weight.requires_grad
 
     @property
-    def _is_packed(self) -> bool:
-        """Whether the weight is held in fewer digits than it is multiplied with."""
-        return self.quantization_backend is not None or is_float8(self._parameter())
+    def _is_quantized(self) -> bool:
+        return self.quantization_backend is not None
 
-    def _change_of_active_adapters(self) -> Tensor | None:
-        change = None
+    @property
+    def _is_packed(self) -> bool:
+        """Whether the weight is stored in fewer bits than it is multiplied in."""
+        return self._is_quantized or is_float8(self._parameter())
+
+    def _delta_of_active_adapters(self) -> Tensor | None:
+        """The sum of the active adapters' deltas, (g * rank,); None if no active adapter tunes this layer."""
+        delta = None
         for adapter_name in self.active_adapters:
             if self.has_adapter(adapter_name):
-                one = self.change_of_singular_values(adapter_name)
-                change = one if change is None else change + one
-        return change
+                one = self.delta_of(adapter_name)
+                delta = one if delta is None else delta + one
+        return delta
 
-    def _change_of_each_sample(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
-        """A row of changes for each sample of a mixed batch, (B, g * rank); None if no sample has an adapter here."""
+    def _delta_of_each_sample(self, x: Tensor, adapter_names: list[str]) -> Tensor | None:
+        """One row per sample of a mixed batch, (B, g * rank); None if no sample has an adapter here."""
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -306,20 +331,22 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        alike: dict[tuple[int, str], list[str]] = {}
+        # Adapters of the same rank and nonlinearity are computed in one go: there may be hundreds.
+        groups: dict[tuple[int, str], list[str]] = {}
         for name in dict.fromkeys(adapter_names):
             if self.has_adapter(name):
-                alike.setdefault((self.rank[name], self.nonlinearity[name]), []).append(name)
-        if not alike:
+                groups.setdefault((self.rank[name], self.nonlinearity[name]), []).append(name)
+        if not groups:
             return None
-        changes = [self._changes(names) for names in alike.values()]
-        table = torch.cat([torch.zeros_like(changes[0][:1]), *changes])
-        row = {name: index for index, name in enumerate(itertools.chain(*alike.values()), start=1)}
-        return table[torch.tensor([row.get(name, 0) for name in adapter_names], device=table.device)]
+        deltas = [self._deltas_of(names) for names in groups.values()]
+        # Row 0 is zero, for samples without an adapter here.
+        table = torch.cat([torch.zeros_like(deltas[0][:1]), *deltas])
+        row_of = {name: row for row, name in enumerate(itertools.chain(*groups.values()), start=1)}
+        return table[torch.tensor([row_of.get(name, 0) for name in adapter_names], device=table.device)]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters' changes to the base weight, which is kept aside for `unmerge`.
+        """Adds the adapters' changes to the base weight, and keeps the base weight for `unmerge`.
 
         Args:
             safe_merge: Whether to refuse, and leave the layer as it was, when the result is not finite.
@@ -331,24 +358,14 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self.has_adapter(name)]
         if not adapter_names:
             return
-        change = torch.stack([self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]).sum(0)
-        present = self.get_base_weight()
-        merged = (self._unmerged_weight().to(change) + change).to(present)
+        # From the original weight and all adapters, so that no rounding adds up from one merge to the next.
+        changes = [self.get_delta_weight(name) for name in self.merged_adapters + adapter_names]
+        merged = merged_weight(self._unmerged_weight(), changes, like=self.get_base_weight())
         if safe_merge and not readable(merged).isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
             )
-        if self.quantization_backend is None:
-            # Another parameter takes its place, for other layers may share it.
-            self._before_merge = self._before_merge or (self._parameter(),)
-            self._set_parameter(nn.Parameter(merged, self._before_merge[0].requires_grad))
-        else:
-            # Quantising the original again may not give the same codes: keep the layer, out of the module tree.
-            self._before_merge = self._before_merge or (self.base_layer,)
-            self.base_layer = copy.deepcopy(self._before_merge[0])
-            self.set_base_weight(merged)
-            # PEFT makes a new HQQ layer, and forgets its bias.
-            self.base_layer.bias = self._before_merge[0].bias
+        self._merge.do(self, merged)
         self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
@@ -356,22 +373,12 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        kept = self._before_merge[0]
-        if self.quantization_backend is None:
-            kept.data = kept.data.to(self._parameter())
-            self._set_parameter(kept)
-        else:
-            self.base_layer = kept.train(self.training)
-        self._before_merge = None
+        self._merge.undo(self)
         self.merged_adapters.clear()
 
     def _unmerged_weight(self) -> Tensor:
         """The weight that was decomposed, whether or not adapters are merged into the layer now."""
-        if not self.merged:
-            return readable(self.get_base_weight().detach())
-        if self.quantization_backend is None:
-            return readable(self._before_merge[0].detach())
-        return self.quantization_backend.get_base_weight(self._before_merge[0]).detach()
+        return self._merge.original(self) if self.merged else readable(self.get_base_weight().detach())
 
     def _parameter(self) -> nn.Parameter:
         """The base weight as the module holds it, merged or not."""
@@ -385,24 +392,27 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         return "weight"
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves A and B, and keeps them in float32 or better whatever the dtype of the base weight.
+        """Moves a and B, and keeps them in float32 or better whatever the dtype of the base weight.
 
-        PEFT casts them to that dtype and back again, which rounds what was learned to bfloat16's three digits when an
-        adapter is loaded with ``low_cpu_mem_usage``, and marks inactive adapters as trainable.
+        PEFT would cast them to that dtype and back when an adapter is loaded with ``low_cpu_mem_usage``. That rounds
+        them to bfloat16's three digits, and marks inactive adapters as trainable.
         """
         dtype = torch.promote_types(self.spectrum.dtype, torch.float32)
         self.cast_adapter(adapter_name, dtype, device or self.spectrum.device)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
-        """Casts and moves A and B of an adapter in place; on the meta device they wait for a checkpoint."""
+        """Casts and moves a and B of an adapter in place. On the meta device they wait for a checkpoint."""
         for vectors in (self.svd_scale_shift_a, self.svd_scale_shift_b):
             if adapter_name in vectors and not vectors[adapter_name].weight.is_meta:
                 parameter = vectors[adapter_name].weight
                 parameter.data = parameter.data.to(device, dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and casts everything, but what is learned to nothing below float32, which would round it. Factors that
-        have lost digits are computed anew when the weight is widened again."""
+        """Moves and casts the layer, its factors and what a merge keeps.
+
+        a and B stay in float32 or better, since a narrower dtype would round them. Factors that were rounded are
+        computed again when the layer is cast to a wider dtype.
+        """
         before = self.spectrum.dtype
         learned = [*self.svd_scale_shift_a.parameters(), *self.svd_scale_shift_b.parameters()]
         values = [parameter.data for parameter in learned]
@@ -410,20 +420,20 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
         for parameter, value in zip(learned, values, strict=True):
             if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.is_meta:
                 parameter.data = value.to(parameter.device)
-        if self.merged and self.quantization_backend is not None:
-            self._before_merge[0]._apply(fn, recurse)
+        if self.merged:
+            self._merge.moved(fn, recurse)
         after = self.spectrum.dtype
-        if before != after and torch.promote_types(before, after) == after and not self.spectrum.left.is_meta:
+        if before != after and torch.promote_types(before, after) == after and self.spectrum.device.type != "meta":
             self._decompose(self._unmerged_weight().to(self.spectrum.left))
         self._know_weight()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Decomposes again where a state dict brings another base weight."""
+        """Decomposes again if the state dict has a different base weight."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         key = self._weight_key(prefix)
         loaded = state_dict.get(key)
-        if loaded is None or self.quantization_backend is not None or loaded.shape != self._parameter().shape:
+        if loaded is None or self._is_quantized or loaded.shape != self._parameter().shape:
             return
         known, loaded = (readable(_whole(tensor.detach())) for tensor in (self._parameter(), loaded))
         if not known.is_meta:
@@ -434,17 +444,23 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"{key} cannot be loaded while an adapter is merged; unmerge_adapter() first.")
         self._decompose(loaded)
 
+    def _decompose_for(self, config: SVDScaleShiftConfig, matrices: Tensor, rank: int) -> None:
+        """Decomposes the weight, given as matrices, and holds the vectors that the form to take needs."""
+        shape = (matrices.shape[1], matrices.shape[2])
+        form = choose(self.forms, shape, rank, one_sided=config.one_sided, base_layer_runs=self._is_packed)
+        self.spectrum = Spectrum(matrices, rank, form.holds, cache_folder(config.svd_cache))
+
     def _decompose(self, weight: Tensor) -> None:
-        """Takes another weight apart as the one before."""
+        """Decomposes another weight to the same rank, and holds the same sides' vectors."""
         self.spectrum = Spectrum(self.to_matrices(weight), self.spectrum.rank, self.spectrum.sides, cache_folder(None))
         self._know_weight()
 
     def _know_weight(self) -> None:
-        if self.quantization_backend is None and not self.merged:
+        if not self._is_quantized and not self.merged:
             self._known_weight = KnownWeight(self._parameter())  # not its `data`, which counts its own writes
 
     def _follow_weight(self) -> None:
-        """Decomposes again where the weight was written to: processes may differ until DDP sends that of the first."""
+        """Decomposes again if the weight was written to, as by DDP, which sends the first process's weights to all."""
         known = self._known_weight
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if known is None or self.merged or traced:
@@ -459,7 +475,7 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             self._decompose(readable(weight.detach()))
 
     def _weight_key(self, prefix: str) -> str:
-        """Where a state dict holds the weight, for a layer whose own entries begin with ``prefix``."""
+        """The weight's key in a state dict, for a layer whose keys begin with ``prefix``."""
         return f"{prefix}base_layer.weight"
 
     def _checked_matrices(self) -> Tensor:
@@ -475,14 +491,18 @@ class SVDScaleShiftLayer(nn.Module, BaseTunerLayer):
             return self.to_matrices(weight)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}"
+        """The adapters' ranks, and the form that is taken for few rows."""
+        spectrum = self.spectrum
+        runs = spectrum.sides != "both" or self._base_layer_must_run()
+        form = choose(self.forms, spectrum.shape, spectrum.rank, held=spectrum.sides, base_layer_runs=runs)
+        return f"rank={self.rank}, form={form}"
 
     def __repr__(self) -> str:
         return "svdtune." + super().__repr__()
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP has sharded, gathered from all processes; others as they are."""
+    """A tensor that FSDP has sharded, gathered from all processes; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") and not tensor.is_meta else tensor
 
 

@@ -1,4 +1,4 @@
-"""What adapters learn of a layer: vectors in modules of their own, and how adapters held them before."""
+"""The vectors that an adapter learns for a layer, and the formats in which older adapters saved them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-# Of adapter_config.json. Version 2 added `digests`; since version 3 an adapter holds a = A - 1, under other names.
+# The version of adapter_config.json. Version 2 added `digests`; version 3 holds a = A - 1 under other names.
 FORMAT_VERSION = 3
-# The path of a layer, which vector, and in a model's own state dict the adapter's name.
+# A name before version 3: the layer's path, the vector, and in a model's own state dict the adapter's name.
 _NAME_BEFORE = re.compile(r"(.*\.|)svd_scale_shift_(scale|shift)(\.[^.]+|)")
 
 
 class LearnedVector(nn.Module):
-    """A vector (g * rank,), called to be read.
+    """A vector (g * rank,) in a module of its own, which is called to read it.
 
-    Libraries act on modules that are called: accelerate brings offloaded parameters back, FSDP gathers sharded ones.
-    And those that copy an adapter look for names of the form ``....default.weight``, as LoRA's are.
+    Libraries act when a module is called: accelerate brings offloaded parameters back, FSDP gathers sharded ones.
+    Libraries that copy an adapter look for names that end in ``.default.weight``, like LoRA's.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -30,7 +30,7 @@ class LearnedVector(nn.Module):
 
 
 class ToBeRead(Mapping[str, Tensor]):
-    """The vectors of a layer's adapters as the paper has them, by the adapters' names."""
+    """The vectors of a layer's adapters in the paper's notation, by the adapters' names."""
 
     def __init__(self, vectors: nn.ModuleDict, as_in_paper: Callable[[Tensor], Tensor]) -> None:
         self._vectors, self._as_in_paper = vectors, as_in_paper
@@ -46,8 +46,8 @@ class ToBeRead(Mapping[str, Tensor]):
 
 
 def stacked(vectors: nn.ModuleDict, adapter_names: Sequence[str], like: Tensor) -> Tensor:
-    """The adapters' vectors, one a row, in the dtype of ``like`` or a wider one; zeros for those without."""
-    known = vectors._modules  # looking up hundreds of names in a ModuleDict takes as long as a product
+    """The adapters' vectors, one per row, in the dtype of ``like`` or a wider one; zeros for adapters without one."""
+    known = vectors._modules  # hundreds of look-ups in a ModuleDict would take as long as a product
     found = [known.get(name) for name in adapter_names]
     rows = [torch.zeros_like(like) if vector is None else vector() for vector in found]
     together = rows[0][None] if len(rows) == 1 else torch.stack(rows)
@@ -55,7 +55,7 @@ def stacked(vectors: nn.ModuleDict, adapter_names: Sequence[str], like: Tensor) 
 
 
 def in_present_format(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors by the names of today, and a = A - 1 for A, where it was written before version 3."""
+    """An adapter's tensors in the present format: under the present names, with a = A - 1 in place of A."""
     return dict(_in_present_format(key, tensor) for key, tensor in state.items())
 
 

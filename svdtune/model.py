@@ -253,7 +253,7 @@ class SVDScaleShiftModel(BaseTuner):
                 for adapter, weight in zip(adapters, weights, strict=True)
                 if layer.has_adapter(adapter)
             ]
-            changes = [layer.change_of_singular_values(adapter) for adapter, _ in ours]
+            changes = [layer.delta_of(adapter) for adapter, _ in ours]
             weight_vector = torch.tensor([weight for _, weight in ours], device=changes[0].device)
             combined = combine_deltas(
                 changes, weight_vector, combination_type, 1.0 if density is None else density, majority_sign_method

@@ -14,25 +14,28 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from svdtune.config import SVDScaleShiftConfig
+from svdtune.forms import ONE_SIDED_U, ONE_SIDED_V, REBUILT
 from svdtune.layer import SVDScaleShiftLayer
-from svdtune.spectrum import Sides
 
-# One for each module whose parameters are replaced while it runs. Not attributes: locks are not copied or pickled.
+# A lock per module whose parameters are replaced while it runs. No attributes: locks cannot be copied or pickled.
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_of_locks = threading.Lock()
+_guard_of_locks = threading.Lock()
 
 
 class ParamWrapper(SVDScaleShiftLayer):
     """A module that reads one of its parameters itself, such as fused experts or `nn.MultiheadAttention`.
 
-    The parameter is replaced by W' = W + U diag(delta) Vᵀ while the module runs: exactly W at the start, but built at
-    every call, one thread at a time. Several parameters of a module are tuned by wrappers around one another. (PEFT
-    knows wrappers of parameters by this class's name.)
+    While the module runs, W' = W + U diag(delta) Vᵀ replaces the parameter: exactly W at the start. W' is built at
+    every call, and one thread at a time runs the module. If several parameters of a module are tuned, their wrappers
+    enclose one another. PEFT recognises wrappers of parameters by this class's name.
 
     Args:
         parameter_name: The parameter, (out, in) or (g, out, in), by its name in the innermost module.
         groups: How many matrices a two-dimensional parameter stacks on one another.
     """
+
+    # All build W'. Both sides make it in one product; one side needs a product with W more, and is taken on demand.
+    forms = (REBUILT, ONE_SIDED_V, ONE_SIDED_U)
 
     def __init__(
         self,
@@ -58,20 +61,16 @@ class ParamWrapper(SVDScaleShiftLayer):
     def from_matrices(self, matrices: Tensor) -> Tensor:
         return matrices.reshape(self._parameter().shape)
 
-    def sides(self, matrices: Tensor, rank: int, one_sided: bool) -> Sides:
-        # W' is built from both in one product.
-        return self.smaller_side(matrices) if one_sided else "both"
-
     @property
     def weight(self) -> Tensor:
-        """What the module calls its weight; W' if that is the parameter."""
+        """The module's weight; W' if that is the parameter."""
         return super().weight if self.parameter_name == "weight" else cast(Tensor, self.base_layer.weight)
 
     def get_base_weight(self) -> Tensor:
         return self._parameter().data
 
     def _parameter(self) -> nn.Parameter:
-        # FSDP holds it as a plain tensor, so it is looked up as an attribute and not as a parameter.
+        # As an attribute and not as a parameter, since FSDP holds it as a plain tensor.
         return operator.attrgetter(self.parameter_name)(self.get_base_layer())
 
     @property
@@ -91,27 +90,27 @@ class ParamWrapper(SVDScaleShiftLayer):
         with self._one_thread():
             if not untuned:
                 self._follow_weight()
-            change = None if untuned else self._change_of_active_adapters()
-            if change is None:
+            delta = None if untuned else self._delta_of_active_adapters()
+            if delta is None:
                 return self.base_layer(*args, **kwargs)
-            with self._parameter_reads(self.changed_weight(change)):
+            with self._parameter_reads(self.changed_weight(delta)):
                 return self.base_layer(*args, **kwargs)
 
-    def changed_weight(self, change: Tensor) -> Tensor:
+    def changed_weight(self, delta: Tensor) -> Tensor:
         with self._one_thread():
-            return super().changed_weight(change)
+            return super().changed_weight(delta)
 
     def _one_thread(self) -> threading.RLock | nullcontext[None]:
-        """Keeps other threads from reading what the module finds while it runs in this one."""
+        """Keeps other threads from reading W' while the module runs in this thread."""
         if torch.compiler.is_compiling():
             return nullcontext()
-        with _of_locks:
+        with _guard_of_locks:
             return _locks.setdefault(self.get_base_layer(), threading.RLock())
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The innermost module, with what all wrappers around it have learned if ``merge``."""
+        """The innermost module; with ``merge``, the adapters of all wrappers around it are merged into it."""
         layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
             if merge:
@@ -129,7 +128,7 @@ class ParamWrapper(SVDScaleShiftLayer):
         """While open, the module that holds the parameter finds ``tensor`` under its name."""
         path, _, name = self.parameter_name.rpartition(".")
         attributes = self.get_base_layer().get_submodule(path).__dict__
-        # Attributes go before parameters. FSDP has made use of that itself, so what it put there comes back.
+        # Python finds an instance's attributes before parameters. FSDP uses that too: its tensor is put back.
         hidden = attributes.get(name)
         attributes[name] = tensor
         try:
@@ -146,7 +145,7 @@ class ParamWrapper(SVDScaleShiftLayer):
         return f"{prefix}base_layer.{path}"
 
     def __getattr__(self, name: str) -> Any:
-        """Other modules may ask the wrapped one for its attributes, and for the parameter, which is W' then."""
+        """The wrapped module's attributes, for other modules that read them; W' for the parameter."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,8 +1,8 @@
-"""What others read as the weight of a tuned layer: W', computed when it is used.
+"""The weight of a tuned layer as other modules read it: W', computed when it is used.
 
-Some modules hand a layer's weight to a function instead of calling the layer: Mamba's convolution, WavLM's attention,
-a head that multiplies with an embedding. Others ask for no more than its dtype, but at every token. So what they get
-knows its shape and dtype at once, and its values as soon as an operation needs them.
+Some modules pass a layer's weight to a function instead of calling the layer: Mamba's convolution, WavLM's attention,
+a head that multiplies with an embedding. Others only ask for its dtype, but for every token. So they get a tensor that
+has its shape and dtype at once, and computes its values when an operation needs them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def weight_to_read(change: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """compute(change), with its gradient.
+def weight_to_read(delta: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """compute(delta), with its gradient.
 
     Args:
-        change: Of the singular values, (g * rank,).
-        compute: Takes it to W'.
-        like: A tensor of the shape, dtype and device of W', such as W. Where Python is traced (torch.compile, export,
-            functorch) it is not needed, for there the values are computed at once.
+        delta: The change of the singular values, (g * rank,).
+        compute: Computes W' from it.
+        like: A tensor with the shape, dtype and device of W', such as W. It is not used where Python is traced
+            (torch.compile, export, functorch): there the values are computed at once.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return compute(change)
-    return _Read.apply(change, compute, like)
+        return compute(delta)
+    return _Read.apply(delta, compute, like)
 
 
 class WeightToRead(Tensor):
@@ -82,16 +82,17 @@ class WeightToRead(Tensor):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, change: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-        ctx.save_for_backward(change)
+    def forward(ctx: Any, delta: Tensor, compute: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+        ctx.save_for_backward(delta)
         ctx.compute = compute
-        return WeightToRead(like, lambda: compute(change))
+        return WeightToRead(like, lambda: compute(delta))
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
-        (change,), again = ctx.saved_tensors, torch.is_grad_enabled()  # whether somebody differentiates twice
+        (delta,), twice = ctx.saved_tensors, torch.is_grad_enabled()  # whether this is a double backward
+        # W' is computed again: to keep its graph would keep a weight per read.
         with torch.enable_grad():
-            change = change if again else change.detach().requires_grad_()
-            weight = ctx.compute(change)
-        grads = torch.autograd.grad(weight, change, grad_weight.to(weight.dtype), create_graph=again)
-        return grads[0], None, None
+            delta = delta if twice else delta.detach().requires_grad_()
+            weight = ctx.compute(delta)
+        (grad_delta,) = torch.autograd.grad(weight, delta, grad_weight.to(weight.dtype), create_graph=twice)
+        return grad_delta, None, None

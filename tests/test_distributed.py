@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from svdtune import SVDScaleShiftConfig
 
-# Enough rows that square layers are rebuilt (`rebuilding_costs_less`) from the base weight, which FSDP shards.
+# Enough rows that square layers are rebuilt (`forms.choose`) from the base weight, which FSDP shards.
 STEPS, BATCH, TOKENS = 5, 32, 7
 
 

@@ -74,7 +74,7 @@ def base_forward(base_layer, x, weight):
 
 def held_storages(layer):
     spectrum = layer.spectrum
-    held = [*layer.parameters(), *layer.buffers(), spectrum.left, spectrum.right]
+    held = [*layer.parameters(), *layer.buffers(), *spectrum.held_vectors]
     held += [spectrum.singular_values, spectrum.reciprocals]
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
@@ -343,7 +343,7 @@ def test_one_side_alone_is_held_where_that_was_asked_for_or_costs_less():
         for choices in ({"one_sided": True}, {"rank": 4}):
             spectrum = tuned(layer, **choices).spectrum
             smaller = min(layer.weight.flatten(1).shape)
-            assert spectrum.left.numel() + spectrum.right.numel() == spectrum.rank * smaller < weight
+            assert sum(tensor.numel() for tensor in spectrum.held_vectors) == spectrum.rank * smaller < weight
 
 
 def test_singular_values_that_vanish_take_no_part_whatever_the_shift(dtype):

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 import svdtune.spectrum
 from svdtune import SVDScaleShiftConfig
-from svdtune.functional import change_of_singular_values, weight_change
+from svdtune.functional import delta_of_singular_values, weight_change
 from svdtune.spectrum import Spectrum, fingerprint_distance
 
 
@@ -81,7 +81,7 @@ def tuned_weight(weight, spectrum):
     random = torch.Generator().manual_seed(1)
     values = spectrum.singular_values.double()
     scale, shift = (torch.randn(len(values), generator=random).double() for _ in range(2))
-    delta = change_of_singular_values(values, 0.3 * scale, 0.1 * values.max() * shift)
+    delta = delta_of_singular_values(values, 0.3 * scale, 0.1 * values.max() * shift)
     change = weight_change(spectrum.left.double(), delta, spectrum.right.double())
     return weight.double() + change[0]
 

@@ -128,7 +128,7 @@ def test_the_predictor_and_the_mask_generator_serve_the_tuned_model(
     model = train(get_peft_model(sam, SVDScaleShiftConfig())).eval()
     for name in LAYERS:
         layer, tuned = reference.image_encoder.get_submodule(name), model.image_encoder.get_submodule(name)
-        values = torch.linalg.svdvals(layer.weight.double()) + tuned.change_of_singular_values("default")
+        values = torch.linalg.svdvals(layer.weight.double()) + tuned.delta_of("default")
         layer.weight.copy_(paper_weight(layer.weight, torch.zeros(len(values)), values))
     expected = logits(reference)
     assert relative_error(logits(base), expected) > 0.1

@@ -187,7 +187,7 @@ def test_pefts_other_combinations_act_on_the_changes(combination_type, model, re
     model.base_model.add_weighted_adapter(["paper"], [1.0], "kept_half", density=0.5, **options)
     for target, change in changes(model, "paper").items():
         assert relative_error(changes(model, "kept_all")[target], change) < 1e-5
-    kept = model.base_model.model.fc.change_of_singular_values("kept_half").count_nonzero()
+    kept = model.base_model.model.fc.delta_of("kept_half").count_nonzero()
     assert 0 < kept < 16
 
 
@@ -350,7 +350,7 @@ def test_adapters_are_weighted_as_diffusers_does(choices, dtype, train, relative
     layer, expected = model.base_model.model[0], weight.clone()
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     for name, factor in weights.items():
-        change = layer.change_of_singular_values(name).double()
+        change = layer.delta_of(name).double()
         expected += factor * left[:, : len(change)] @ torch.diag(change) @ right[: len(change)]
         layer.set_scale(name, factor)
     layer.set_scale("unknown", 3.0)

@@ -160,10 +160,11 @@ def test_one_side_and_the_weight_give_the_same_change_as_both(spectrum, shape, s
     delta = torch.randn(shape[0] * 24) * spectrum.max()
     expected = weight_change(both.left, delta, both.right)
     if spectrum.max() > 0:
-        assert relative_error(one.change_of(matrices, delta), expected) < 10 * torch.finfo(dtype).eps
+        assert relative_error(one.weight_change(matrices, delta), expected) < 10 * torch.finfo(dtype).eps
     else:
-        assert torch.equal(one.change_of(matrices, delta), expected)
-    assert one.left.numel() + one.right.numel() <= both.left.numel() + both.right.numel()
+        assert torch.equal(one.weight_change(matrices, delta), expected)
+    ours, theirs = (sum(tensor.numel() for tensor in spectrum.held_vectors) for spectrum in (one, both))
+    assert ours <= theirs
 
 
 def test_only_values_too_small_to_be_divided_by_have_both_their_vectors():
@@ -171,6 +172,20 @@ def test_only_values_too_small_to_be_divided_by_have_both_their_vectors():
     one_small = torch.cat([torch.linspace(2, 1, 23), torch.tensor([1e-3])])
     spectrum = Spectrum(matrices_of_spectrum(SHAPES["tall"], one_small), sides="right")
     assert (spectrum.tail, spectrum.rank) == (1, 24)
-    assert (spectrum.left.shape, spectrum.right.shape) == ((1, 40, 1), (1, 24, 24))
+    assert spectrum.vectors.shape == (1, 24, 24)
+    assert (spectrum.left.shape, spectrum.right.shape) == ((1, 40, 1), (1, 1, 24))
     torch.testing.assert_close(spectrum.reciprocals[:23], 1 / one_small[:23].double())
     assert spectrum.reciprocals[23] == 0
+
+
+@pytest.mark.parametrize("sides", ["left", "right"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_tail_has_its_vectors_of_both_sides_whichever_side_is_held(shape, sides):
+    matrices = matrices_of_spectrum(shape, torch.cat([torch.linspace(2, 1, 21), torch.tensor([3e-3, 2e-3, 1e-3])]))
+    both, one = Spectrum(matrices), Spectrum(matrices, sides=sides)
+    assert (both.tail, one.tail) == (24, 3)
+    assert torch.equal(one.vectors, both.left.mT if sides == "left" else both.right)
+    assert torch.equal(one.left, both.left[..., 21:])
+    assert torch.equal(one.right, both.right[:, 21:])
+    values = torch.arange(shape[0] * 24.0)
+    assert torch.equal(one.tail_values(values), values.view(-1, 24)[:, 21:].flatten())

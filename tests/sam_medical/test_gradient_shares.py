@@ -1,4 +1,4 @@
-"""gradient_shares.py: what it says of gradients whose parts are known."""
+"""medical_gradient_shares.py: what it says of gradients whose parts are known."""
 
 import pytest
 import torch
