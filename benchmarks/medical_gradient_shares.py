@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sam_medical.adapters.adapter import build_model
+from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import one_line_errors
 from sam_medical.data.loading import training_loader

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sam_medical.adapters.adapter import build_model
+from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import one_line_errors
 from sam_medical.data.base import SegmentationDataset
@@ -28,7 +28,7 @@ from sam_medical.data.loading import KEPT_BYTES, TrainingBatch, training_loader
 from sam_medical.data.opening import open_dataset
 from sam_medical.evaluation.report import markdown_table
 from sam_medical.methods import METHODS
-from sam_medical.models.backbones import checkpoint_blocks
+from sam_medical.models.backbone import checkpoint_blocks
 from sam_medical.options.options import option, parse_options, require
 from sam_medical.training.losses import build_loss
 from sam_medical.training.process import prepare_process

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sam_medical.adapters.adapter import build_model, load_adapter, save_adapter
+from sam_medical.adapters.adapter import load_adapter, save_adapter
+from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task, read_task, write_task
 from sam_medical.cli import evaluate
 from sam_medical.common.errors import UserError

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import SamModel
 
 from sam_medical.common.errors import UserError
-from sam_medical.models.backbones import load_backbone, resize_positions
-from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.models.loading import load_backbone
 from sam_medical.models.prompts import NoPrompts, TextPrompts
+from sam_medical.models.sam import resize_positions
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def test_official_checkpoint_gives_the_official_masks(official_sam, tmp_path, ne
     weights = official_sam.state_dict()
     torch.save({nesting: weights} if nesting else weights, tmp_path / "sam.pth")
     images, text_embeddings = torch.rand(2, 3, 128, 128), torch.randn(3, 10)
-    model = PromptedSam(load_backbone(str(tmp_path / "sam.pth"), 128), TextPrompts(text_embeddings, 256))
+    model = load_backbone(str(tmp_path / "sam.pth"), 128).prompt_with(TextPrompts(text_embeddings, 256))
 
     expected = official_masks(official_sam, images, model.prompts.text_affine(text_embeddings))
     assert expected.std() > 0.1
@@ -50,7 +50,7 @@ def test_official_checkpoint_gives_the_official_masks(official_sam, tmp_path, ne
 @torch.no_grad()
 def test_official_checkpoint_at_another_size_is_the_official_model_with_resized_positions(official_sam, tmp_path):
     torch.save(official_sam.state_dict(), tmp_path / "sam.pth")
-    model = PromptedSam(load_backbone(str(tmp_path / "sam.pth"), 64), NoPrompts())
+    model = load_backbone(str(tmp_path / "sam.pth"), 64).prompt_with(NoPrompts())
     images = torch.rand(1, 3, 64, 64)
 
     full_size = official_sam.image_encoder.pos_embed
@@ -68,7 +68,7 @@ def test_official_checkpoint_at_another_size_is_the_official_model_with_resized_
 def test_a_folder_gives_the_masks_of_transformers(tiny_sam_folder):
     sam = SamModel.from_pretrained(tiny_sam_folder).eval()
     text_embeddings = torch.randn(1, 10)
-    model = PromptedSam(load_backbone(str(tiny_sam_folder), 64), TextPrompts(text_embeddings, 256))
+    model = load_backbone(str(tiny_sam_folder), 64).prompt_with(TextPrompts(text_embeddings, 256))
     pixel_values = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(
         model.image_encoder(pixel_values), sam.get_image_embeddings(pixel_values), atol=1e-5, rtol=0
@@ -89,13 +89,13 @@ def test_a_folder_gives_the_masks_of_transformers(tiny_sam_folder):
 
 def test_a_folder_in_half_precision_is_computed_in_full(tiny_sam_folder, tmp_path):
     SamModel.from_pretrained(tiny_sam_folder).half().save_pretrained(tmp_path)
-    model = PromptedSam(load_backbone(str(tmp_path), 64), NoPrompts())
+    model = load_backbone(str(tmp_path), 64).prompt_with(NoPrompts())
     assert model(torch.rand(1, 3, 64, 64)).dtype is torch.float32
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 112])
 def test_any_multiple_of_the_patch_will_do(tiny_sam_folder, image_size):
-    model = PromptedSam(load_backbone(str(tiny_sam_folder), image_size), TextPrompts(torch.randn(3, 10), 256))
+    model = load_backbone(str(tiny_sam_folder), image_size).prompt_with(TextPrompts(torch.randn(3, 10), 256))
     logits = model(torch.rand(2, 3, image_size, image_size))
     assert logits.shape == (2, 3, image_size, image_size)
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import SamModel
 
-from sam_medical.adapters.adapter import build_model, load_adapter, save_adapter
+from sam_medical.adapters.adapter import load_adapter, save_adapter
+from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task, write_task
 from sam_medical.cli import compare, evaluate, predict, train
 from sam_medical.common.errors import UserError
-from sam_medical.models.backbones import load_sam_model
+from sam_medical.models.sam import load_sam_model
 from sam_medical.models.sam_checkpoint import sam_model_from_checkpoint
 from sam_medical.models.text import encode_labels
 from sam_medical.options.options import CompareOptions, EvaluateOptions, PredictOptions, TrainOptions, parse_options

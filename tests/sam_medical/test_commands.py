@@ -288,7 +288,7 @@ def spy_on(option, monkeypatch):
         calls.append(arguments)
         return torch.utils.checkpoint.checkpoint(*arguments, **keywords)
 
-    monkeypatch.setattr("sam_medical.models.backbones.checkpoint", checkpoint)
+    monkeypatch.setattr("sam_medical.models.backbone.checkpoint", checkpoint)
     return lambda: len(calls) >= STEPS
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_medical.models.backbones import load_backbone
-from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.models.loading import load_backbone
 from sam_medical.models.prompts import TextPrompts
 
 
@@ -54,7 +53,7 @@ def test_same_prompts_same_masks(published_model):
     """A label's token stands beside a box around the whole image; boxes are all that the decoder was trained on."""
     images, text_embeddings = torch.rand(2, 3, 256, 256), torch.randn(3, 8)
     images[:, :, 0, 0], images[:, :, 0, 1] = 0, 1
-    model = PromptedSam(load_backbone("lite-medsam", 256), TextPrompts(text_embeddings, 256))
+    model = load_backbone("lite-medsam", 256).prompt_with(TextPrompts(text_embeddings, 256))
     box, no_mask = published_model.prompt_encoder(points=None, boxes=torch.tensor([[0.0, 0, 256, 256]]), masks=None)
     for image, masks in zip(images, model(images), strict=True):
         for token, mask in zip(model.prompts.text_affine(text_embeddings), masks, strict=True):

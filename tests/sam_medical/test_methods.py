@@ -6,24 +6,26 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from sam_medical.methods.samed import decoder_with_masks, rows_of_queries_and_values
 from transformers import SamConfig, SamModel
 
-from sam_medical.adapters.adapter import build_model, load_adapter, model_card, save_adapter
+from sam_medical.adapters.adapter import load_adapter, save_adapter
+from sam_medical.adapters.building import build_model
+from sam_medical.adapters.model_card import model_card
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import UserError
 from sam_medical.methods import METHODS
-from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups, tune
-from sam_medical.models.backbones import backbone_from_sam, load_backbone
-from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.methods.tuning import count_trainable, parameter_groups
+from sam_medical.models.loading import load_backbone
 from sam_medical.models.prompts import TextPrompts
+from sam_medical.models.sam import Sam
+from sam_medical.models.sam_parts import decoder_with_masks
 
 LABELS = ("liver", "tumor", "kidney")
 TEXT = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
 
 
 SAM_METHODS = [name for name, method in METHODS.items() if method.is_sam]
-NETWORKS = [name for name, method in METHODS.items() if method.network]
+NETWORKS = [name for name, method in METHODS.items() if not method.is_sam]
 
 
 def task_of(backbone):
@@ -138,9 +140,8 @@ def test_samed_changes_queries_and_values_by_a_low_rank_of_their_own_and_no_keys
     checked = 0
     for name, module in model.named_modules():
         if name.endswith(".qkv"):
-            attention = model.get_submodule(name.removesuffix(".qkv"))
             change = module.get_delta_weight("default")
-            queries, values = rows_of_queries_and_values(attention, len(change))
+            queries, values = model.query_and_value_rows()[name]
             keys = sorted(set(range(len(change))) - {*queries.tolist(), *values.tolist()})
             assert (change[keys] == 0).all()
             for rows in (queries, values):
@@ -159,7 +160,7 @@ def test_queries_and_values_are_the_rows_that_the_attention_takes_them_from(task
     model, _ = build_model(task("zero-shot-text"), TEXT)
     qkv_name, qkv = next((n, m) for n, m in model.named_modules() if n.endswith(".qkv"))
     attention = model.get_submodule(qkv_name.removesuffix(".qkv"))
-    queries, values = rows_of_queries_and_values(attention, qkv.out_features)
+    queries, values = model.query_and_value_rows()[qkv_name]
     keys = sorted(set(range(qkv.out_features)) - {*queries.tolist(), *values.tolist()})
     width = qkv.in_features
     x = torch.randn(2, 49, width) if hasattr(attention, "heads") else torch.randn(2, 3, 3, width)
@@ -215,9 +216,8 @@ def test_parameter_count_of_vit_b_at_256_pixels():
     sam = sam.to_empty(device="cpu")
     for parameter in sam.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    backbone = backbone_from_sam(sam, "vit-b", 256)
-    model = PromptedSam(backbone, TextPrompts(torch.randn(1, 512), 256))
-    tuned = tune(model, METHODS["s-sam"], 1, backbone.target_modules)
+    backbone = Sam.of(sam, "vit-b", 256).prompt_with(TextPrompts(torch.randn(1, 512), 256))
+    tuned = METHODS["s-sam"].tuner.apply(backbone, backbone.target_modules)
 
     counts = {"scale and shift": 0, "position": 0, "text affine": 0, "neck norms": 0, "encoder norms": 0}
     for name, parameter in tuned.named_parameters():
@@ -276,7 +276,7 @@ def test_decay_touches_the_text_affine_matrix_alone_and_a_and_b_have_a_rate_of_t
 
 def test_the_statistics_of_batch_norms_are_kept():
     model, _ = build_model(task_of("none")("segnet"), TEXT)
-    assert any(name.endswith("running_var") for name in kept_tensors(model))
+    assert any(name.endswith("running_var") for name in METHODS["segnet"].tuner.state(model))
 
 
 def test_a_model_card_says_what_is_in_the_folder(task):

@@ -8,8 +8,8 @@ from transformers import SamModel
 
 from sam_medical.data.base import Sample
 from sam_medical.data.loading import evaluation_loader
-from sam_medical.models.backbones import checkpoint_blocks, load_backbone
-from sam_medical.models.prompted_sam import NO_MASK_LOGIT, PromptedSam
+from sam_medical.models.backbone import NO_MASK_LOGIT, checkpoint_blocks
+from sam_medical.models.loading import load_backbone
 from sam_medical.models.prompts import (
     BoxPrompts,
     ImagePrompts,
@@ -31,7 +31,7 @@ def backbone(tiny_sam_folder):
 @torch.no_grad()
 def test_labels_do_not_see_each_other(backbone):
     images, text_embeddings = torch.rand(2, 3, 64, 64), torch.randn(3, 10)
-    model = PromptedSam(backbone, TextPrompts(text_embeddings, 256)).eval()
+    model = backbone.prompt_with(TextPrompts(text_embeddings, 256)).eval()
     together = model(images)
     for k in range(3):
         model.prompts.text_embeddings = text_embeddings[k : k + 1]
@@ -39,7 +39,7 @@ def test_labels_do_not_see_each_other(backbone):
 
 
 def test_an_image_is_encoded_once_for_all_its_labels(backbone):
-    model = PromptedSam(backbone, TextPrompts(torch.randn(5, 10), 256))
+    model = backbone.prompt_with(TextPrompts(torch.randn(5, 10), 256))
     encoded = []
     model.image_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output.shape))
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5, 64, 64)
@@ -62,7 +62,8 @@ def test_an_experts_point_is_that_of_transformers(tiny_sam_folder, image_size, i
     backbone = load_backbone(str(tiny_sam_folder), image_size)
     images, masks = torch.rand(1, 3, image_size, image_size), torch.zeros(1, 2, image_size, image_size)
     masks[0, 0, 10:31, 8:29] = 1
-    model = PromptedSam(backbone, PointPrompts(in_box)).eval()
+    backbone.whole_image_box = in_box
+    model = backbone.prompt_with(PointPrompts()).eval()
     logits = model(images, masks)
 
     middle = (torch.tensor([18.0, 20.0]) + 0.5) * 64 / image_size - 0.5  # to which transformers adds its half
@@ -77,11 +78,11 @@ def test_an_experts_point_is_that_of_transformers(tiny_sam_folder, image_size, i
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompts", [PointPrompts(in_box=False), BoxPrompts()], ids=["points", "boxes"])
+@pytest.mark.parametrize("prompts", [PointPrompts(), BoxPrompts()], ids=["points", "boxes"])
 def test_an_experts_masks_are_those_of_transformers(tiny_sam_folder, backbone, prompts):
     images, masks = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     masks[0, 0, 10:31, 20:61] = 1
-    logits = PromptedSam(backbone, prompts).eval()(images, masks)
+    logits = backbone.prompt_with(prompts).eval()(images, masks)
 
     sam = SamModel.from_pretrained(tiny_sam_folder).eval()
     hint = {"input_points": torch.tensor([[[[30.0, 20.0]]]])}
@@ -114,7 +115,7 @@ def test_points_and_boxes_lie_where_the_mask_is():
 
 def test_a_prompt_from_the_image_goes_to_its_own_label_alone(backbone):
     torch.manual_seed(0)
-    model = PromptedSam(backbone, ImagePrompts(labels=3, grid=(4, 4), prompt_width=256)).eval()
+    model = backbone.prompt_with(ImagePrompts(labels=3, grid=(4, 4), prompt_width=256)).eval()
     images = torch.rand(2, 3, 64, 64)
     before = model(images)
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(name, tiny_sa
     for checkpointed in (False, True):
         torch.manual_seed(0)
         backbone = load_backbone("lite-medsam" if name == "lite-medsam" else str(tiny_sam_folder), 64)
-        model = PromptedSam(backbone, TextPrompts(torch.randn(2, 10), 256)).train()
+        model = backbone.prompt_with(TextPrompts(torch.randn(2, 10), 256)).train()
         model.image_encoder.requires_grad_(True)
         if checkpointed:
             checkpoint_blocks(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import whole_folder, write_json
+from sam_medical.common.json_files import read_object
 from sam_medical.common.values import LARGEST_IMAGE, LONGEST_TEXT, is_whole, shortened
 from sam_medical.data.base import require_label_names
 from sam_medical.data.geometry import PLANES, STORED
@@ -21,15 +22,11 @@ from sam_medical.data.offset import BY_IMAGE, is_offset
 from sam_medical.data.offset import FORMS as OFFSETS
 from sam_medical.data.reading import Reading
 from sam_medical.methods import METHODS
+from sam_medical.methods.tuners import ADVICE
 from sam_medical.models.prompts import PROMPTS
-from sam_medical.training.run_state import read_json
 
 TASK_FILE = "task.json"
-CONFIG_FILE = "adapter_config.json"
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-PLAIN_WEIGHTS_FILE = "trained.safetensors"
 TEXT_FILE = "text_embeddings.safetensors"
-ADVICE = "give the folder that train.py wrote, RUN/adapter"
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,10 @@ class Task:
         return Framing(self.image_size, self.fit, self.tile)
 
 
-def weights_file_of(task: Task) -> str:
-    return PEFT_WEIGHTS_FILE if METHODS[task.method].adapter else PLAIN_WEIGHTS_FILE
-
-
 def files_of(task: Task) -> list[str]:
-    """What an adapter's folder holds beside the task, and is worth nothing without."""
-    method = METHODS[task.method]
-    names = [weights_file_of(task)]
-    names += [CONFIG_FILE] if method.adapter else []
-    return names + ([TEXT_FILE] if task.uses_text else [])
+    """The files that an adapter's folder must hold beside the task."""
+    tuner = METHODS[task.method].tuner
+    return [tuner.weights_file, *tuner.other_files, *([TEXT_FILE] if task.uses_text else [])]
 
 
 def write_task(task: Task, folder: Path) -> None:
@@ -109,7 +100,7 @@ def read_task(folder: Path) -> Task:
     path = folder / TASK_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {TASK_FILE}; {ADVICE}.")
-    content = read_object(path)
+    content = read_object(path, ADVICE)
     has_digests = "files" in content or "digest" in content
     if has_digests and content.pop("digest", None) != _digest_of(content):
         raise UserError(f"{path} is damaged: it is not what was written; fetch the whole folder again.")
@@ -124,21 +115,6 @@ def read_task(folder: Path) -> Task:
                 "the whole folder again."
             )
     return task
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file of an adapter's folder that holds a JSON object.
-
-    Raises:
-        UserError: if it holds anything else.
-    """
-    try:
-        content = read_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON; {ADVICE}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must be JSON with keys and values; {ADVICE}.")
-    return content
 
 
 def _checked(content: dict[str, Any], path: Path) -> Task:

@@ -110,8 +110,8 @@ def main() -> None:
     prepare_process()
     sources, unknown = sources_to_segment(Path(options.images), skip=[Path(options.output)])
     method = METHODS[read_task(Path(options.adapter)).method]
-    if method.needs_expert:
-        raise UserError(f"{method.title} needs a {method.prompts} in each label, which images alone do not give.")
+    if method.prompt and method.prompt.from_expert:
+        raise UserError(f"{method.title} needs a {method.prompt.name} in each label, which images alone do not give.")
     model, task = load_adapter(Path(options.adapter), options.backbone)
     segmenter = Segmenter(model.to(Accelerator().device).eval(), task, options)
     found: list[dict[str, Any]] = []

@@ -26,7 +26,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from sam_medical.adapters.adapter import build_model, load_adapter
+from sam_medical.adapters.adapter import load_adapter
+from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import UserError, one_line_errors
 from sam_medical.common.files import folder_in, refuse_link, remove, restore, write_json

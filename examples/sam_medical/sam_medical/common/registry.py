@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -11,6 +12,13 @@ from typing import Any, Generic, TypeVar
 from sam_medical.common.errors import UserError, first_line
 
 T = TypeVar("T")
+
+PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_place(name: str) -> bool:
+    """Whether a name has the form ``package.module:NAME``."""
+    return PLACE.fullmatch(name) is not None
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -46,7 +54,7 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             UserError: if there is none, or its module cannot be imported.
         """
-        if name not in self and ":" in name:
+        if name not in self and is_place(name):
             self._values[name] = _import(name, self.kind)
         if name not in self:
             raise UserError(

@@ -20,12 +20,12 @@ from typing import Any
 
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import replacing_file, write_json
+from sam_medical.common.json_files import read_json
 from sam_medical.comparison.plan import Cell
 from sam_medical.comparison.portable import OPTIONS_OF_A_MACHINE
 from sam_medical.comparison.results import Moment, Results, RunResult
 from sam_medical.evaluation.metrics import MaskScore, score_from_row
 from sam_medical.options.options import CompareOptions
-from sam_medical.training.run_state import read_json
 
 RUNS_FILE = "runs.csv"
 SCORES_FILE = "scores.csv.gz"

@@ -139,7 +139,7 @@ def _cells(plan: Plan, row: Row, first: Row, comparison: Comparison | None) -> l
     method = METHODS[row.method]
     return [
         method.title,
-        method.prompts if method.needs_expert else "",
+        method.prompt.name if method.prompt and method.prompt.from_expert else "",
         f"{row.trained:,}",
         f"{row.dice:.3f}",
         f"{min(row.dice_of_seeds):.3f} - {max(row.dice_of_seeds):.3f} ({len(row.dice_of_seeds)})",
@@ -234,7 +234,7 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
     names = []
     for index, row in enumerate(rows):
         method = METHODS[row.method]
-        colour = "tab:red" if method.network else "tab:gray" if method.needs_expert else "tab:blue"
+        colour = "tab:red" if not method.is_sam else "tab:gray" if method.needs_expert else "tab:blue"
         colour = "tab:green" if index == 0 else colour
         lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
         errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import folder_in, refuse_link
+from sam_medical.common.json_files import read_json
 from sam_medical.common.lock import command_in
 from sam_medical.common.signals import PARENT, Stopped
 from sam_medical.common.values import is_number
@@ -27,7 +28,6 @@ from sam_medical.comparison.results import Results, RunResult, result_of
 from sam_medical.data.opening import open_splits
 from sam_medical.evaluation.metrics import read_scores
 from sam_medical.options.options import CompareOptions, TrainOptions, flags_of
-from sam_medical.training.run_state import read_json
 from sam_medical.training.run_states import FREE_OPTIONS
 
 TRAIN = [sys.executable, "-m", "sam_medical", "train"]

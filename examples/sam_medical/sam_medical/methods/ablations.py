@@ -1,38 +1,18 @@
-"""The paper's Table 3: each row adds one thing to S-SAM's frozen start."""
+"""The rows of the paper's Table 3: each adds one thing to S-SAM's frozen start."""
 
 from __future__ import annotations
 
 from sam_medical.methods.method import Method
-from sam_medical.methods.s_sam import SSAM, svd
+from sam_medical.methods.s_sam import SOURCE, svd
+from sam_medical.methods.tuners import InPlaceTuner, PeftTuner
+from sam_medical.models.backbone import Part
 
-POSITIONS = Method("positions", f"{SSAM}, Table 3", trained=("positions",))
+TABLE = f"{SOURCE}, Table 3"
+PARTS: tuple[Part, ...] = ("positions", "prompts")
 
-
-NORMS = Method("positions, norms", f"{SSAM}, Table 3", trained=("positions", "norms"))
-
-
-TEXT = Method("positions, text affine", f"{SSAM}, Table 3", trained=("positions", "text affine"))
-
-
-SCALE = Method(
-    "positions, text affine, scale",
-    f"{SSAM}, Table 3",
-    adapter=svd(shift=False),
-    trained=("positions", "text affine"),
-)
-
-
-SHIFT = Method(
-    "positions, text affine, shift",
-    f"{SSAM}, Table 3",
-    adapter=svd(scale=False),
-    trained=("positions", "text affine"),
-)
-
-
-NO_NORMS = Method(
-    "positions, text affine, scale, shift",
-    f"{SSAM}, without norms",
-    adapter=svd(),
-    trained=("positions", "text affine"),
-)
+POSITIONS = Method("positions", TABLE, tuner=InPlaceTuner(parts=("positions",)))
+NORMS = Method("positions, norms", TABLE, tuner=InPlaceTuner(parts=("positions", "norms")))
+TEXT = Method("positions, text affine", TABLE, tuner=InPlaceTuner(parts=PARTS))
+SCALE = Method("positions, text affine, scale", TABLE, tuner=PeftTuner(svd(shift=False), PARTS))
+SHIFT = Method("positions, text affine, shift", TABLE, tuner=PeftTuner(svd(scale=False), PARTS))
+NO_NORMS = Method("positions, text affine, scale, shift", f"{SOURCE}, without norms", tuner=PeftTuner(svd(), PARTS))

@@ -1,12 +1,13 @@
-"""All of SAM learns."""
+"""All of SAM learns, prompted with the names of the labels."""
 
 from __future__ import annotations
 
 from sam_medical.methods.method import Method
+from sam_medical.methods.tuners import InPlaceTuner
 
 FULL_FINE_TUNING = Method(
     "full fine-tuning",
     "all of SAM, prompted with the label's name",
-    trained=("image encoder", "default prompt", "mask decoder", "text affine"),
+    tuner=InPlaceTuner(parts=("image encoder", "default prompt", "mask decoder", "prompts")),
     learning_rate=2e-4,
 )

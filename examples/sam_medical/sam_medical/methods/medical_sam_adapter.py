@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_medical.methods.method import Method
-from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.methods.tuners import InPlaceTuner
+from sam_medical.models.backbone import Backbone
 
 BOTTLENECK = 0.25
 BESIDE_MLP = 0.5
@@ -53,20 +54,19 @@ class BottleneckBeside(nn.Module):
         return self.layer(x) + BESIDE_MLP * self.bottleneck(x)
 
 
-def insert_bottlenecks(model: PromptedSam, labels: int, target_modules: str) -> None:
-    """Medical SAM Adapter (arXiv:2304.12620), for images: bottlenecks behind each attention and beside each MLP.
+def insert_bottlenecks(model: Backbone, target_modules: str) -> None:
+    """Puts bottlenecks behind attentions and beside MLPs, in the encoder and in the decoder.
 
-    In the encoder behind its attention, in the decoder behind both attentions between tokens and image. Of the
-    paper's two further parts one is for volumes, the other makes the decoder's bottlenecks from a click, of which
-    there is none here.
+    In the decoder they stand behind both attentions between tokens and image. The paper has two further parts: one is
+    for volumes, and one computes the decoder's bottlenecks from a click, of which there is none here.
     """
-    patterns = {
-        r"image_encoder\.layers\..*attn\.proj": BottleneckAfter,
-        r"image_encoder\.layers\..*\.mlp": BottleneckBeside,
-        r"mask_decoder\.transformer\.layers\.\d+\.cross_attn_\w+\.out_proj": BottleneckAfter,
-        r"mask_decoder\.transformer\.layers\.\d+\.mlp": BottleneckBeside,
-    }
-    for pattern, wrapper in patterns.items():
+    places = model.patterns
+    for pattern, wrapper in (
+        (places.encoder_attention, BottleneckAfter),
+        (places.encoder_mlp, BottleneckBeside),
+        (places.decoder_attention, BottleneckAfter),
+        (places.decoder_mlp, BottleneckBeside),
+    ):
         for name, module in list(model.named_modules()):
             if re.fullmatch(pattern, name):
                 last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
@@ -78,8 +78,7 @@ def insert_bottlenecks(model: PromptedSam, labels: int, target_modules: str) -> 
 MEDICAL_SAM_ADAPTER = Method(
     "Medical SAM Adapter",
     "Medical SAM Adapter (arXiv:2304.12620)",
+    tuner=InPlaceTuner(insert_bottlenecks, parts=("prompts",)),
     departs="prompted with the label's name; no click to make the decoder's bottlenecks from, and no volumes",
-    insert=insert_bottlenecks,
-    trained=("text affine",),
     learning_rate=1e-3,
 )

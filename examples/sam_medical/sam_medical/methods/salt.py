@@ -10,8 +10,10 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sam_medical.methods.method import WITH_ENCODER, Method
-from sam_medical.models.prompted_sam import PromptedSam
+from sam_medical.methods.method import Method
+from sam_medical.methods.s_sam import PARTS
+from sam_medical.methods.tuners import InPlaceTuner
+from sam_medical.models.backbone import Backbone
 from svdtune import SVDScaleShiftConfig
 
 RANK = 0.25
@@ -21,7 +23,7 @@ LORA_RANK = 4
 class LowRankBeside(nn.Module):
     """A linear layer or convolution, and LoRA's two matrices beside it; zero at first.
 
-    PEFT puts no adapter into another one's layer, so that its LoRA cannot stand here.
+    PEFT's LoRA cannot be used here, since PEFT puts no adapter into the layer of another one.
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
@@ -44,10 +46,10 @@ class LowRankBeside(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def insert_salt(model: PromptedSam, labels: int, target_modules: str) -> None:
-    """SALT (arXiv:2503.16055): scale and shift of the leading singular values, and low rank beside them.
+def insert_salt(model: Backbone, target_modules: str) -> None:
+    """Scales and shifts the leading singular values of each layer, and adds a low-rank pair beside it.
 
-    The low-rank matrices are those of an ordinary LoRA on the same layer, as a note in its published code has it.
+    The pair is that of an ordinary LoRA on the same layer, as a note in the published code says.
     """
     inject_adapter_in_model(SVDScaleShiftConfig(target_modules=target_modules, rank=RANK), model)
     for name, module in list(model.named_modules()):
@@ -62,8 +64,6 @@ SALT = Method(
     "SALT",
     "SALT (arXiv:2503.16055)",
     departs="a quarter of the singular values and rank 4; norms, positions and text affine layer as S-SAM's",
-    insert=insert_salt,
-    inserts_at_targets=True,
-    trained=WITH_ENCODER,
+    tuner=InPlaceTuner(insert_salt, at_targets=True, parts=PARTS),
     learning_rate=2e-3,
 )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from sam_medical.methods.method import Method
+from sam_medical.methods.method import Method, PromptedBackbone
+from sam_medical.models import prompts
 
 ZERO_SHOT_TEXT = Method("zero-shot, text", "SAM with an untrained text affine layer")
-
-
 ZERO_SHOT_POINT = Method(
     "zero-shot, point",
     "SAM with a point in each label",
+    model=PromptedBackbone(prompts.POINT),
     departs="one point for all of a label's parts in an image",
-    prompts="point",
 )
-
-
 ZERO_SHOT_BOX = Method(
     "zero-shot, box",
     "SAM with the box around each label",
+    model=PromptedBackbone(prompts.BOX),
     departs="one box around all of a label's parts in an image",
-    prompts="box",
 )

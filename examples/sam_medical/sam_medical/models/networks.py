@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNETR, BasicUNet
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2Model
 
-from sam_medical.models.backbones import ImagenetNormalization
+from sam_medical.models.pixels import ImagenetNormalization
 
 # What every network's halvings, and UNETR's patches, divide.
 STRIDE = 32
@@ -126,29 +124,24 @@ class SegNet(nn.Module):
         return nn.Sequential(*(convolution(before, after) for before, after in pairs))
 
 
-def _unet(labels: int, side: int) -> nn.Module:
+def deep_lab(labels: int, side: int) -> nn.Module:
+    return DeepLab(labels)
+
+
+def segnet(labels: int, side: int) -> nn.Module:
+    return SegNet(labels)
+
+
+def unet(labels: int, side: int) -> nn.Module:
     return BasicUNet(spatial_dims=2, in_channels=3, out_channels=labels, features=(32, 64, 128, 256, 512, 32))
 
 
-def _unetr(labels: int, side: int) -> nn.Module:
+def unetr(labels: int, side: int) -> nn.Module:
     network = UNETR(in_channels=3, out_channels=labels, img_size=(side, side), spatial_dims=2)
     for name, module in network.named_modules():
         if "cross_attn" in name:  # which MONAI's blocks have, and UNETR does not use
             module.requires_grad_(False)
     return network
-
-
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "u-net": _unet,
-    "unetr": _unetr,
-    "deeplab-v3-plus": lambda labels, side: DeepLab(labels),
-    "segnet": lambda labels, side: SegNet(labels),
-}
-
-
-def build_network(name: str, labels: int, image_size: int) -> SegmentationNetwork:
-    """A network of `NETWORKS`, with random weights by torch's seed, for a number of labels and images of that side."""
-    return SegmentationNetwork(NETWORKS[name](labels, rounded_up(image_size)))
 
 
 def rounded_up(side: int) -> int:

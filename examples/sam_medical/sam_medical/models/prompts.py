@@ -1,12 +1,14 @@
 """What SAM's mask decoder is asked for: label names, nothing, the image itself, or an expert's point or box.
 
-Shape legend: B images, K labels, P prompts an image, n tokens a prompt, S image side, h w the encoder's grid, D width
-of the text embeddings.
+Shape legend: B images, K labels, P prompts per image, n tokens per prompt, S image side, h w the encoder's grid,
+D width of the text embeddings.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ import torch.nn.functional as F
 from monai.networks.nets import UNet
 from scipy import ndimage
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamPromptEncoder
+
+if TYPE_CHECKING:
+    from sam_medical.models.backbone import Backbone
 
 # Of labels by name: from the text encoder, or a token that is learned.
 PROMPTS = ("text", "learned")
@@ -34,17 +38,17 @@ class Prompts(NamedTuple):
     given: Tensor | None = None
 
 
-class Prompting(nn.Module):
-    """Makes `Prompts` from images (B, 3, S, S), true masks (B, K, S, S) and the prompt encoder.
+class Prompter(nn.Module):
+    """Makes `Prompts` for a backbone from images (B, 3, S, S) and true masks (B, K, S, S).
 
     Attributes:
-        needs_masks: Whether the prompts are taken from the true masks, as an expert would give them.
-        needs_box: Whether a decoder that was trained with boxes gets the box around the whole image as well, beside
-            these prompts.
+        needs_box: Whether a decoder that was trained with boxes also gets the box around the whole image, beside these
+            prompts.
+        learned_modules: Names of the modules that learn; an empty name is the prompter as a whole.
     """
 
-    needs_masks = False
     needs_box = True
+    learned_modules: tuple[str, ...] = ()
 
 
 class TextAffineLayer(nn.Module):
@@ -63,9 +67,10 @@ class TextAffineLayer(nn.Module):
         return self.norm(F.relu(self.linear(text_embeddings)))
 
 
-class TextPrompts(Prompting):
-    """One token a label, from its name's text embedding (K, D)."""
+class TextPrompts(Prompter):
+    """One token per label, from its name's text embedding (K, D)."""
 
+    learned_modules = ("text_affine",)
     text_embeddings: Tensor
 
     def __init__(self, text_embeddings: Tensor, prompt_width: int) -> None:
@@ -73,37 +78,40 @@ class TextPrompts(Prompting):
         self.register_buffer("text_embeddings", text_embeddings, persistent=False)
         self.text_affine = TextAffineLayer(text_embeddings.shape[1], prompt_width)
 
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         tokens = self.text_affine(self.text_embeddings)
         return Prompts(tokens[:, None].expand(len(images), -1, -1, -1))
 
 
-class LearnedPrompts(Prompting):
-    """One token a label, learned as it is: for names that a text encoder does not know, or cannot tell apart."""
+class LearnedPrompts(Prompter):
+    """One learned token per label, for names that a text encoder does not know or cannot tell apart."""
+
+    learned_modules = ("tokens",)
 
     def __init__(self, labels: int, prompt_width: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(labels, prompt_width)
 
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         numbers = torch.arange(self.tokens.num_embeddings, device=images.device)
         return Prompts(self.tokens(numbers)[None, :, None].expand(len(images), -1, -1, -1))
 
 
-class NoPrompts(Prompting):
+class NoPrompts(Prompter):
     """One prompt without tokens: SAMed's, where each of the decoder's masks stands for a label."""
 
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
-        return Prompts(images.new_zeros(len(images), 1, 0, prompt_encoder.hidden_size))
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
+        return Prompts(images.new_zeros(len(images), 1, 0, backbone.prompt_width))
 
 
-class ImagePrompts(Prompting):
-    """AutoSAM's: a network makes of the image what SAM's prompt encoder would make of a mask, for each label.
+class ImagePrompts(Prompter):
+    """AutoSAM's: a network computes from the image what SAM's prompt encoder computes from a mask, per label.
 
-    A U-Net of MONAI's stands where AutoSAM has a HarDNet, which no well-kept library carries.
+    MONAI's U-Net replaces AutoSAM's HarDNet, which no well-kept library has.
     """
 
     WIDTH = 64
+    learned_modules = ("",)
 
     def __init__(self, labels: int, grid: tuple[int, int], prompt_width: int) -> None:
         super().__init__()
@@ -112,7 +120,7 @@ class ImagePrompts(Prompting):
         self.unet = UNet(2, 3, self.WIDTH, channels=(32, 64, 128, 256), strides=(2, 2, 2), num_res_units=2)
         self.project = nn.Conv2d(self.WIDTH, labels * prompt_width, 1)
 
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         size = [8 * -(-side // 8) for side in images.shape[-2:]]  # what three halvings divide
         features = self.unet(F.interpolate(images, size=size, mode="bilinear", align_corners=False))
         dense = self.project(F.adaptive_avg_pool2d(features, self.grid)).unflatten(1, (self.labels, -1))
@@ -120,47 +128,60 @@ class ImagePrompts(Prompting):
         return Prompts(tokens, dense.to(images.dtype))
 
 
-class PointPrompts(Prompting):
+class PointPrompts(Prompter):
     """A point inside each label's true mask: any of its pixels in training, else the one farthest from its border.
 
-    Labels that are absent get no prompt, so an expert also says which labels there are.
-
-    Args:
-        in_box: Whether the prompt encoder gets the box around the whole image with each point.
+    A label that is absent gets no prompt, so an expert also says which labels there are.
     """
 
-    needs_masks = True
     needs_box = False
 
-    def __init__(self, in_box: bool) -> None:
-        super().__init__()
-        self.in_box = in_box
-
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         assert true_masks is not None
         choose = random_point if self.training else innermost_point
         points = torch.stack([torch.stack([choose(mask) for mask in masks]) for masks in true_masks])
-        # From the middle of a pixel of ours to that of one of theirs, to which the prompt encoder adds a half.
-        points = _scaled(points.to(images) + 0.5, images, prompt_encoder) - 0.5
-        given = true_masks.flatten(2).any(2)
-        side = prompt_encoder.input_image_size
-        box = points.new_tensor([0, 0, side, side]).expand(*given.shape, 4) if self.in_box else None
-        tokens, _ = prompt_encoder(points[:, :, None], torch.ones_like(given[..., None], dtype=torch.int), box, None)
-        return Prompts(tokens, given=given)
+        return Prompts(backbone.embed_points(points.to(images)), given=true_masks.flatten(2).any(2))
 
 
-class BoxPrompts(Prompting):
-    """The box around each label's true mask; as for points, labels that are absent get no prompt."""
+class BoxPrompts(Prompter):
+    """The box around each label's true mask; as for points, a label that is absent gets no prompt."""
 
-    needs_masks = True
     needs_box = False
 
-    def forward(self, images: Tensor, true_masks: Tensor | None, prompt_encoder: SamPromptEncoder) -> Prompts:
+    def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         assert true_masks is not None
         boxes = torch.stack([torch.stack([bounding_box(mask) for mask in masks]) for masks in true_masks])
-        boxes = _scaled(boxes.to(images), images, prompt_encoder)
-        tokens, _ = prompt_encoder(None, None, boxes, None)
-        return Prompts(tokens, given=true_masks.flatten(2).any(2))
+        return Prompts(backbone.embed_boxes(boxes.to(images)), given=true_masks.flatten(2).any(2))
+
+
+@dataclass(frozen=True)
+class PromptKind:
+    """A way to prompt, from which a method chooses.
+
+    Attributes:
+        name: As messages and tables say it.
+        make: The prompter for a backbone, a number of labels and, if there are any, their text embeddings (K, D).
+        from_labels: Whether the label names are the prompts.
+        from_expert: Whether somebody must point at what is to be segmented, in every image.
+    """
+
+    name: str
+    make: Callable[[Backbone, int, Tensor | None], Prompter]
+    from_labels: bool = False
+    from_expert: bool = False
+
+
+def _by_label(backbone: Backbone, labels: int, text_embeddings: Tensor | None) -> Prompter:
+    if text_embeddings is None:
+        return LearnedPrompts(labels, backbone.prompt_width)
+    return TextPrompts(text_embeddings, backbone.prompt_width)
+
+
+LABELS = PromptKind("text", _by_label, from_labels=True)
+NOTHING = PromptKind("none", lambda backbone, labels, text: NoPrompts())
+IMAGE = PromptKind("image", lambda backbone, labels, text: ImagePrompts(labels, backbone.grid, backbone.prompt_width))
+POINT = PromptKind("point", lambda backbone, labels, text: PointPrompts(), from_expert=True)
+BOX = PromptKind("box", lambda backbone, labels, text: BoxPrompts(), from_expert=True)
 
 
 def random_point(mask: Tensor) -> Tensor:
@@ -185,8 +206,3 @@ def bounding_box(mask: Tensor) -> Tensor:
     if not len(rows):
         return torch.zeros(4)
     return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float().cpu()
-
-
-def _scaled(coordinates: Tensor, images: Tensor, prompt_encoder: SamPromptEncoder) -> Tensor:
-    """Pixels of the image in those of the size that the prompt encoder counts in."""
-    return coordinates * (prompt_encoder.input_image_size / images.shape[-1])

@@ -20,8 +20,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from sam_medical.common.json_files import read_json
 from sam_medical.common.values import is_number
-from sam_medical.methods.tuning import kept_tensors, load_kept_tensors
+from sam_medical.methods.tuners import Tuner
 from sam_medical.training.progress import Progress
 
 STATE_FILE = "state.json"
@@ -39,6 +40,7 @@ class Training:
     """What learns, and what makes it learn; unwrapped from whatever accelerate has around it."""
 
     model: nn.Module
+    tuner: Tuner
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: GradScaler | None
@@ -68,7 +70,7 @@ def pack(training: Training, progress: Progress) -> dict[str, bytes]:
     }
     return {
         STATE_FILE: as_json(state),
-        ADAPTER_FILE: save(_on_cpu(kept_tensors(training.model))),
+        ADAPTER_FILE: save(_on_cpu(training.tuner.state(training.model))),
         OPTIMIZER_FILE: save(_on_cpu(moments)),
     }
 
@@ -97,7 +99,7 @@ def unpack(files: Mapping[str, bytes], training: Training, steps: int) -> Unpack
     except ValueError as error:
         raise DamagedError(STATE_FILE, str(error)) from error
     adapter = _read_tensors(files, ADAPTER_FILE)
-    _check_like(ADAPTER_FILE, adapter, kept_tensors(training.model))
+    _check_like(ADAPTER_FILE, adapter, training.tuner.state(training.model))
     scheduler = state["scheduler"]
     groups = training.optimizer.param_groups
     _check(STATE_FILE, "step", progress.step <= steps)
@@ -114,7 +116,7 @@ def unpack(files: Mapping[str, bytes], training: Training, steps: int) -> Unpack
 
 def put_back(state: Unpacked, training: Training) -> None:
     """Puts all but the progress into the run's objects."""
-    load_kept_tensors(training.model, state.adapter)
+    training.tuner.load(training.model, state.adapter)
     groups = training.optimizer.state_dict()["param_groups"]
     groups = [{**group, "lr": rate} for group, rate in zip(groups, state.rates, strict=True)]
     training.optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
@@ -177,14 +179,6 @@ def unpack_random(files: Mapping[str, bytes], name: str) -> tuple[Any, Any, Tens
 
 def as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
-
-
-def read_json(content: bytes) -> Any:
-    """Raises a ValueError if it is not JSON, or nested so deep that no file of ours can be."""
-    try:
-        return json.loads(content)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
 
 
 def _read_json(files: Mapping[str, bytes], name: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from sam_medical.evaluation.metrics import CRITERIA, score_labels
 from sam_medical.evaluation.prediction import evaluate
 from sam_medical.methods import METHODS
 from sam_medical.methods.method import Method
-from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups
-from sam_medical.models.backbones import checkpoint_blocks
+from sam_medical.methods.tuning import count_trainable, parameter_groups
+from sam_medical.models.backbone import checkpoint_blocks
 from sam_medical.models.networks import has_batch_norm
 from sam_medical.options.options import TrainOptions
 from sam_medical.training.losses import build_loss
@@ -135,13 +135,14 @@ def _train_steps(
     model, optimizer, scheduler = _prepare(accelerator, tuned_model, options)
     training = Training(
         model=accelerator.unwrap_model(model),
+        tuner=method.tuner,
         optimizer=cast(Any, optimizer).optimizer,
         scheduler=scheduler,
         scaler=accelerator.scaler,
         labels=list(dataset.labels),
     )
     if accelerator.is_main_process:
-        _check_space(output, training.model)
+        _check_space(output, training)
     checkpoints = Checkpoints(accelerator, output, run, training)
     progress = checkpoints.resume(options.steps) or Progress()
     if progress.step:
@@ -184,10 +185,10 @@ def _train_steps(
     return progress, 0
 
 
-def _check_space(output: Path, model: nn.Module) -> None:
+def _check_space(output: Path, training: Training) -> None:
     """Raises a `UserError` if the disk has no room for the adapters and states that are there at a time."""
-    adapter = sum(tensor.nbytes for tensor in kept_tensors(model).values())
-    moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    adapter = sum(tensor.nbytes for tensor in training.tuner.state(training.model).values())
+    moments = sum(2 * parameter.nbytes for parameter in training.model.parameters() if parameter.requires_grad)
     needed = 2 * adapter + (GENERATIONS + 1) * (adapter + moments) + ROOM_BESIDE
     free = shutil.disk_usage(output).free
     if free < needed:

