@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sam_medical.common.errors import UserError
 from sam_medical.evaluation.metrics import LabelScores
+from sam_medical.methods.tuners import InPlaceTuner
 from sam_medical.training.progress import Progress
 from sam_medical.training.run_state import Training, as_json
 from sam_medical.training.run_states import Checkpoints, check_states
@@ -39,7 +40,7 @@ class Run:
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
         optimizer = AdamW([{"params": [*self.model[0].parameters()], "lr": 0.1}, {"params": self.model[1].weight}])
         scheduler = LambdaLR(optimizer, lambda step: 1 - step / STEPS)
-        self.training = Training(self.model, optimizer, scheduler, None, ["gland"])
+        self.training = Training(self.model, InPlaceTuner(), optimizer, scheduler, None, ["gland"])
         self.checkpoints = Checkpoints(Accelerator(cpu=True), output, run, self.training)
         self.progress = Progress()
 
