@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from sam_medical.common.files import replacing_file
 from sam_medical.data.decoding import NIFTI, Scan, suffix_of
 from sam_medical.data.geometry import turn_to_plane, turned_back
 from sam_medical.data.quiet import pydicom, simpleitk
-from svdtune.version import __version__
 
 WHITE = 255
 WHITE_16 = 65535
@@ -120,7 +120,7 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
         if scan.affine is not None:
             image.setdefault("SliceThickness", float(voxel_sizes(scan.affine)[2]))
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="svdtune", version=__version__, family=codes.DCM.ArtificialIntelligence
+        name="svdtune", version=version("svdtune"), family=codes.DCM.ArtificialIntelligence
     )
     segments = [
         highdicom.seg.SegmentDescription(
@@ -144,7 +144,7 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
         instance_number=1,
         manufacturer="svdtune",
         manufacturer_model_name="S-SAM",
-        software_versions=__version__,
+        software_versions=version("svdtune"),
         device_serial_number="0",
     )
     with replacing_file(_with_ending(path, ".dcm")) as temporary:
