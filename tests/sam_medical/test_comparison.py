@@ -25,7 +25,7 @@ from sam_medical.comparison.plan import Cell
 from sam_medical.comparison.report import Row, comparison_table
 from sam_medical.comparison.runner import Bench, last_line
 from sam_medical.evaluation.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
@@ -207,9 +207,7 @@ def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path)
     [
         ({"methods": "s-sam,s-sam"}, "methods is 's-sam,s-sam', but it names one twice"),
         ({"methods": "s-sam,magic"}, "methods names 'magic', but the methods are"),
-        ({"seed": 5}, "is set for each run; give seeds in its place"),
-        ({"learning_rate": 0.1}, "is set for each run; give rate_factors in its place"),
-        ({"folds": 3}, "goes with {fold} in dataset"),
+        ({"dataset": "us-{fold}"}, "must be given with {fold} in dataset"),
         ({"rate_factors": "1,-1"}, "must be numbers above 0"),
         ({"dataset": "glas", "data_root": "nowhere"}, "there is no folder nowhere"),
     ],

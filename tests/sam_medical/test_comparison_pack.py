@@ -19,7 +19,7 @@ from sam_medical.comparison.portable import portable_options, portable_text
 from sam_medical.comparison.report import write_report
 from sam_medical.comparison.runner import Bench
 from sam_medical.evaluation.metrics import MaskScore, write_scores
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from sam_medical.methods.samed import decoder_with_masks, rows_of_queries_and_values
 from transformers import SamConfig, SamModel
 
 from sam_medical.adapters.adapter import build_model, load_adapter, model_card, save_adapter
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import UserError
 from sam_medical.methods import METHODS
+from sam_medical.methods.samed import decoder_with_masks, rows_of_queries_and_values
 from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups, tune
 from sam_medical.models.backbones import backbone_from_sam, load_backbone
 from sam_medical.models.prompted_sam import PromptedSam

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sam_medical.methods import METHODS
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 
 @dataclass(frozen=True, order=True)

@@ -7,11 +7,11 @@ import socket
 from dataclasses import replace
 from pathlib import Path, PurePath, PureWindowsPath
 
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 DATA, RUNS, HOME, HOST = "DATA", "RUNS", "HOME", "HOST"
 # What says where and how a comparison was run, and not what it compares.
-OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "resume", "overwrite")
+OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "extensions")
 _IN_A_PATH = r"[^\s'\"`:;,()\[\]]"
 # From a root or a drive through at least one folder; the last name is kept. The slashes of an address are not meant.
 _ABSOLUTE = re.compile(rf"(?<![\w./:~-])(?:[A-Za-z]:)?[\\/](?:{_IN_A_PATH}*[\\/])+({_IN_A_PATH}*)")

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam_medical.comparison.plan import Cell, Plan
 from sam_medical.evaluation.metrics import MaskScore
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 LOSS = "loss"
 VALIDATION = "validation"

@@ -26,7 +26,8 @@ from sam_medical.comparison.portable import portable_options, portable_text
 from sam_medical.comparison.results import Results, RunResult, result_of
 from sam_medical.data.opening import open_splits
 from sam_medical.evaluation.metrics import read_scores
-from sam_medical.options.options import CompareOptions, TrainOptions, flags_of
+from sam_medical.options.commands import CompareOptions, TrainOptions
+from sam_medical.options.parsing import flags_of
 from sam_medical.training.run_state import read_json
 from sam_medical.training.run_states import FREE_OPTIONS
 
@@ -183,8 +184,9 @@ class Bench:
         return environment
 
     def _flags(self, cell: Cell) -> list[str]:
+        names = {field.name for field in fields(TrainOptions)}
         values = {
-            **{field.name: getattr(self.options, field.name) for field in fields(TrainOptions)},
+            **{name: value for name, value in asdict(self.options).items() if name in names},
             "method": cell.method,
             "dataset": self.plan.dataset_of(cell.fold),
             "seed": cell.seed,

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from transformers.utils import logging
 
 from sam_medical.common.errors import UserError
-from sam_medical.options.options import TrainOptions
+from sam_medical.options.commands import TrainOptions
 
 
 def prepare_process() -> None:

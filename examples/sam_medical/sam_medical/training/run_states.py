@@ -28,7 +28,7 @@ from sam_medical.common.files import (
     refuse_link,
     unfinished_folder,
 )
-from sam_medical.options.options import TrainOptions
+from sam_medical.options.commands import TrainOptions
 from sam_medical.training.progress import Progress
 from sam_medical.training.run_state import (
     SHARED_FILES,

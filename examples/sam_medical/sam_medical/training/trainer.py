@@ -32,7 +32,7 @@ from sam_medical.methods.method import Method
 from sam_medical.methods.tuning import count_trainable, kept_tensors, parameter_groups
 from sam_medical.models.backbones import checkpoint_blocks
 from sam_medical.models.networks import has_batch_norm
-from sam_medical.options.options import TrainOptions
+from sam_medical.options.commands import TrainOptions
 from sam_medical.training.losses import build_loss
 from sam_medical.training.process import start_tracking
 from sam_medical.training.progress import Progress
