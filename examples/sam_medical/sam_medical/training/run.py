@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from sam_medical.adapters.adapter import build_model, load_adapter
 from sam_medical.adapters.task import Task
 from sam_medical.common.errors import UserError
-from sam_medical.common.files import folder_in, refuse_link, remove, restore, write_json
+from sam_medical.common.files import folder_in, refuse_link, remove, restore
 from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.loading import evaluation_loader, thinned
 from sam_medical.data.offset import NONE, in_words
@@ -21,19 +21,30 @@ from sam_medical.data.opening import open_splits, settle_reading
 from sam_medical.data.reading import Reading
 from sam_medical.data.sides import labels_with_a_side
 from sam_medical.data.survey import Survey, warnings_of
-from sam_medical.evaluation.metrics import MaskScore, score_labels, write_scores
+from sam_medical.evaluation.metrics import SCORES_FILE, MaskScore, score_labels, write_scores
 from sam_medical.evaluation.prediction import evaluate, predict_masks
 from sam_medical.evaluation.report import draw_curves, draw_overlays, format_table, scores_as_json
 from sam_medical.methods.tuning import count_trainable
 from sam_medical.models.text import check_distinct, encode_labels
 from sam_medical.options.commands import TrainOptions
+from sam_medical.training.measures import check_images, environment, peak_memory
 from sam_medical.training.process import check_processes, end_together, make_accelerator, prepare_process
-from sam_medical.training.record import check_images, environment, peak_memory
+from sam_medical.training.record import RECORD_FILE, RunRecord, record_of_run
 from sam_medical.training.run_states import CHECKPOINT, check_states
-from sam_medical.training.trainer import train
+from sam_medical.training.trainer import Run, Trainer
 
 
 def run(options: TrainOptions, started: float) -> None:
+    """Trains, scores the best adapter on the test images, and leaves everything in the output folder.
+
+    Args:
+        options: What to do.
+        started: When the command began, by `time.monotonic`.
+
+    Raises:
+        UserError: if something is wrong with the options, the data, the model or the folder.
+        SystemExit: with 128 more than a signal's number, if one has stopped the run.
+    """
     output = Path(options.output_dir)
     restore(output / "adapter")
     check_output(output, options)
@@ -57,40 +68,43 @@ def run(options: TrainOptions, started: float) -> None:
     for note in notes_before_training(splits["train"], surveys, options):
         accelerator.print(f"note: {note}.")
 
-    progress, signal_number = train(accelerator, model, text_embeddings, splits, data, task, options, started)
+    trainer = Trainer(Run(options, task, splits, data, text_embeddings, accelerator, started), model)
+    signal_number = trainer.fit()
     if signal_number:
-        accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
+        accelerator.print(f"Stopped after step {trainer.progress.step}; repeat the command with --resume to go on.")
         end_together(accelerator)
         sys.exit(128 + signal_number)
 
     memory = peak_memory(accelerator.device)
-    masks = score_best_adapter(accelerator, splits["test"], options)
+    scores = score_best_adapter(accelerator, splits["test"], options)
     if accelerator.is_main_process:
-        scores = score_labels(masks, task.labels, task.absent)
-        metrics = {
-            "test": scores_as_json(scores, masks),
-            "validation": {"best_dice": progress.best_dice, "best_step": progress.best_step},
-            "trainable_parameters": count_trainable(model),
-            "seconds": round(progress.seconds, 1),
-            "peak_memory_bytes": memory,
-            "data": data,
-            "weights": task.backbone_digest,
-            "environment": environment(accelerator.device),
-            "processes": accelerator.num_processes,
-            "options": asdict(options),
-            "history": progress.history,
-        }
-        write_scores(masks, output / "scores.csv")
-        if progress.losses:
-            draw_curves(progress.losses, progress.validations, output / "curves.png")
-        # Last of all, because a run that has it counts as finished.
-        write_json(output / "metrics.json", metrics)
-        remove(output / CHECKPOINT)
-        print(format_table(scores, masks))
-        for name in ("adapter", "metrics.json", "scores.csv", "curves.png", "overlays"):
+        by_label = score_labels(scores, task.labels, task.absent)
+        record = record_of_run(
+            trainer.progress,
+            asdict(options),
+            test=scores_as_json(by_label, scores),
+            trainable_parameters=count_trainable(model),
+            peak_memory_bytes=memory,
+            data=data,
+            weights=task.backbone_digest,
+            environment=environment(accelerator.device),
+            processes=accelerator.num_processes,
+        )
+        finish(output, record, scores)
+        print(format_table(by_label, scores))
+        for name in ("adapter", RECORD_FILE, SCORES_FILE, "curves.png", "overlays"):
             if (output / name).exists():
                 print(f"{name:<12} {output / name}")
     end_together(accelerator)
+
+
+def finish(output: Path, record: RunRecord, scores: Sequence[MaskScore]) -> None:
+    """Writes a finished run's files into its folder. The record is the last: a run that has it counts as finished."""
+    write_scores(scores, output / SCORES_FILE)
+    if record.history["losses"]:
+        draw_curves(record.history["losses"], record.history["validations"], output / "curves.png")
+    record.write(output / RECORD_FILE)
+    remove(output / CHECKPOINT)
 
 
 def settle_splits(splits: Mapping[str, SegmentationDataset]) -> Reading:
@@ -122,7 +136,7 @@ def check_output(output: Path, options: TrainOptions) -> None:
     is_interrupted = (output / CHECKPOINT).exists()
     if is_interrupted and not options.resume:
         raise UserError(f"{output} holds an interrupted run; go on with --resume, or give another --output-dir.")
-    if (output / "metrics.json").exists() and not is_interrupted and not options.overwrite:
+    if (output / RECORD_FILE).exists() and not is_interrupted and not options.overwrite:
         raise UserError(f"{output} holds a finished run; replace it with --overwrite, or give another --output-dir.")
     check_states(output / CHECKPOINT)
 

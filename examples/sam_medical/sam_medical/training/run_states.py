@@ -61,6 +61,7 @@ FREE_OPTIONS = (
     "report_to",
     "resume",
     "overwrite",
+    "extensions",
 )
 
 
