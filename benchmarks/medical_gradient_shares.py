@@ -1,7 +1,7 @@
 """How much of the loss's gradient each kind of adapter can follow, at the pretrained weights.
 
-    python benchmarks/medical_gradient_shares.py --config examples/sam_medical/configs/compare-glas.yaml \\
-        --data-root DATA
+    python benchmarks/medical_gradient_shares.py --dataset glas --data-root DATA \\
+        --image-size 112 --augmentation any-orientation
 
 For each linear layer that S-SAM tunes, G (out x in) is the gradient of its weight over --batches batches. An adapter's
 first steps can only follow the part of G in its own directions: S-SAM's are u_i v_iᵀ, one a singular value; those of
@@ -21,29 +21,38 @@ from torch import Tensor, nn
 
 from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task
+from sam_medical.common.choices import Augmentation
 from sam_medical.common.errors import one_line_errors
+from sam_medical.common.process import prepare_process
 from sam_medical.data.loading import training_loader
-from sam_medical.data.opening import open_dataset
+from sam_medical.data.opening import open_dataset, settle_reading
 from sam_medical.evaluation.report import markdown_table
 from sam_medical.methods import METHODS
 from sam_medical.models.text import encode_labels
-from sam_medical.options.options import TrainOptions, option, parse_options, require
+from sam_medical.options.checks import check_values
+from sam_medical.options.groups import DataOptions, ModelOptions, option
+from sam_medical.options.parsing import parse_options
 from sam_medical.training.losses import build_loss
-from sam_medical.training.process import prepare_process
 
 RANKS = (1, 2, 8)
 
 
-@dataclass
-class GradientOptions(TrainOptions):
-    """Measure how much of the gradient each kind of adapter can follow."""
+METHOD = "s-sam"
 
+
+@dataclass
+class GradientOptions(ModelOptions, DataOptions):
+    """Measure how much of S-SAM's gradient each kind of adapter can follow."""
+
+    fold: int | None = option(None, "The fold, from 1, of a dataset that has folds.")
     batches: int = option(8, "Batches that the gradient is summed over.")
+    batch_size: int = option(4, "Images per batch.")
+    augmentation: Augmentation = option("upright", "Random views of the images.")
+    focal_weight: float = option(20.0, "Weight of the focal loss beside the Dice loss.")
+    seed: int = option(0, "Seed of the initialisation, the order of the images and their augmentation.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "batches", self.batches >= 1, "must be at least 1")
-        require(self, "method", self.method == "s-sam", "must be s-sam, whose layers are looked at")
+        check_values(self)
 
 
 class Gradient:
@@ -112,16 +121,10 @@ def main() -> None:
     options = parse_options(GradientOptions)
     prepare_process()
     set_seed(options.seed)
-    dataset = open_dataset(options.dataset, options.data_root, "train", options.labels)
-    task = Task(
-        dataset=options.dataset,
-        labels=tuple(dataset.labels),
-        backbone=options.backbone,
-        image_size=options.image_size,
-        text_encoder=options.text_encoder,
-        target_modules=options.target_modules,
-    )
-    model, _ = build_model(task, encode_labels(options.text_encoder, task.labels))
+    dataset = open_dataset(options.dataset, options.data_root, "train", options.labels, options.reading, options.fold)
+    dataset.reading = settle_reading(dataset)
+    task = Task.from_options(options, METHOD, dataset.labels, dataset.reading)
+    model, _ = build_model(task, encode_labels(task.text_encoder, task.labels) if task.uses_text else None)
     gradients = [
         Gradient(module, base.weight.detach())
         for module in model.modules()
@@ -130,7 +133,7 @@ def main() -> None:
     loss_function = build_loss(METHODS[task.method].loss, options.focal_weight)
     last = options.batches * options.batch_size
     for batch in training_loader(
-        dataset, options.image_size, options.batch_size, options.augmentation, options.seed, first=0, last=last
+        dataset, task.framing, options.batch_size, options.augmentation, options.seed, first=0, last=last
     ):
         loss_function(model(batch["images"], batch["masks"]), batch["masks"]).backward()
     whole = shares([(gradient.whole, gradient.weight) for gradient in gradients])

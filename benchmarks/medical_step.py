@@ -1,8 +1,8 @@
 """What a training step of S-SAM takes: with one label and with twelve, beside its data, and in memory.
 
     python benchmarks/medical_step.py --image-size 112
-    python benchmarks/medical_step.py --backbone facebook/sam-vit-base --image-size 1024 --batch-size 1 \\
-        --mixed-precision bf16
+    python benchmarks/medical_step.py --backbone facebook/sam-vit-base \\
+        --image-size 1024 --batch-size 1 --mixed-precision bf16
 
 A step is a forward and a backward pass. Contenders take turns; seconds are medians, ratios medians of each round's
 ratio. Memory is what a step allocates at its most beside the model; on the CPU, what autograd keeps for the backward
@@ -22,16 +22,19 @@ from torch import nn
 
 from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task
+from sam_medical.common.choices import Precision
 from sam_medical.common.errors import one_line_errors
+from sam_medical.common.process import prepare_process
 from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.loading import KEPT_BYTES, TrainingBatch, training_loader
 from sam_medical.data.opening import open_dataset
 from sam_medical.evaluation.report import markdown_table
 from sam_medical.methods import METHODS
 from sam_medical.models.backbone import checkpoint_blocks
-from sam_medical.options.options import option, parse_options, require
+from sam_medical.options.checks import check_values, require
+from sam_medical.options.groups import option
+from sam_medical.options.parsing import parse_options
 from sam_medical.training.losses import build_loss
-from sam_medical.training.process import prepare_process
 
 TEXT_WIDTH = 512
 MIB = 2**20
@@ -44,9 +47,9 @@ class SpeedOptions:
     method: str = option("s-sam", "The method.")
     backbone: str = option("lite-medsam", "As for train.py.")
     image_size: int = option(112, "Side of the images, in pixels.")
-    batch_size: int = option(2, "Images a step.")
+    batch_size: int = option(2, "Images per step.")
     labels: int = option(12, "Labels that are compared with one.")
-    mixed_precision: str = option("no", "no, bf16 or fp16.")
+    mixed_precision: Precision = option("no", "Precision of the products.")
     dataset: str = option("brain-mri", "The dataset to read, as for train.py.")
     data_root: str | None = option(None, "Folder of its files.")
     num_workers: int = option(0, "Processes that read and augment images.")
@@ -57,7 +60,7 @@ class SpeedOptions:
         require(self, "method", self.method in learning, f"must be one of {', '.join(learning)}")
         for name in ("image_size", "batch_size", "labels", "rounds"):
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        require(self, "mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "must be no, bf16 or fp16")
+        check_values(self)
 
 
 @one_line_errors

@@ -19,10 +19,14 @@ from sam_medical.adapters.building import build_model
 from sam_medical.adapters.task import Task, write_task
 from sam_medical.cli import compare, evaluate, predict, train
 from sam_medical.common.errors import UserError
+from sam_medical.comparison import run as comparison_run
+from sam_medical.evaluation import scoring, segmenting
 from sam_medical.models.sam import load_sam_model
 from sam_medical.models.sam_checkpoint import sam_model_from_checkpoint
 from sam_medical.models.text import encode_labels
-from sam_medical.options.options import CompareOptions, EvaluateOptions, PredictOptions, TrainOptions, parse_options
+from sam_medical.options.commands import CompareOptions, EvaluateOptions, PredictOptions, TrainOptions
+from sam_medical.options.parsing import parse_options
+from sam_medical.training import run as training_run
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
@@ -181,8 +185,8 @@ PLACES = {
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(place, tmp_path, run, refused, monkeypatch):
     (tmp_path / "file").write_text("mine")
     path = tmp_path / PLACES[place]
-    for module in (train, evaluate, predict, compare):
-        for name in ("open_splits", "open_dataset", "load_adapter", "sources_to_segment", "Bench"):
+    for module in (training_run, scoring, segmenting, comparison_run):
+        for name in ("open_splits", "open_dataset", "load_adapter", "sources_to_segment", "Plan"):
             monkeypatch.setattr(module, name, None, raising=False)  # which would be called next
     with refused("output_dir"):
         run(train, output_dir=path)

@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sam_medical.cli import evaluate, predict, train
+from sam_medical.evaluation import scoring
 from sam_medical.evaluation.metrics import read_scores
 from sam_medical.training.progress import Progress
+from sam_medical.training.record import RunRecord
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
@@ -245,6 +247,11 @@ def test_a_run_writes_its_whole_truth(run, options, tmp_path):
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["environment"]["torch"] == torch.__version__ and metrics["environment"]["svdtune"]
     assert metrics["options"]["seed"] == 0 and metrics["options"]["method"] == "s-sam"
+    for place in (tmp_path, options["data_root"], Path.home(), SCRIPTS):
+        assert str(place) not in (tmp_path / "run" / "metrics.json").read_text()
+    record = RunRecord.read(tmp_path / "run" / "metrics.json")
+    assert record.options == metrics["options"] and record.best_dice == metrics["validation"]["best_dice"]
+    assert {"data_root", "output_dir", "resume", "overwrite"}.isdisjoint(record.options)
     assert [step for step, _ in metrics["history"]["validations"]] == [4, 6]
     assert read_json(tmp_path / "run" / "history.json") == metrics["history"]
     glands = [scores["glands"]["dice"] for scores in metrics["history"]["label_scores"]]
@@ -361,7 +368,7 @@ def test_evaluate_writes_tables_and_tests_a_difference(run, options, tmp_path, c
     def nothing_may_be_scored(*_, **__):
         raise AssertionError("it has begun to evaluate")
 
-    monkeypatch.setattr(evaluate, "evaluate", nothing_may_be_scored)
+    monkeypatch.setattr(scoring, "evaluate", nothing_may_be_scored)
     first_row = "".join(files["scores"].read_text().splitlines(keepends=True)[:2])
     (tmp_path / "one.csv").write_text(first_row)
     with refused(r"one\.csv is of 1 images and of glands, this evaluation of 2 and of glands"):

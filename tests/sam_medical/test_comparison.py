@@ -20,16 +20,34 @@ from PIL import Image
 
 from sam_medical.cli import compare
 from sam_medical.common.errors import UserError
-from sam_medical.comparison import runner as comparison
-from sam_medical.comparison.plan import Cell
+from sam_medical.comparison import run as comparison
+from sam_medical.comparison.finished import FinishedRuns
+from sam_medical.comparison.plan import Cell, Plan
 from sam_medical.comparison.report import Row, comparison_table
-from sam_medical.comparison.runner import Bench, last_line
+from sam_medical.comparison.runner import Runner, last_line
 from sam_medical.evaluation.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
 RATES = (0.0015, 0.005, 0.015)
+
+
+def opened(**options):
+    """The finished runs of a comparison whose data and folder have been checked."""
+    plan = Plan(CompareOptions(**options))
+    comparison.check_data(plan)
+    finished = FinishedRuns(plan, Path(plan.options.output_dir))
+    finished.check()
+    return finished
+
+
+def run_all(**options):
+    """The finished runs of a comparison, after all that was missing has been run."""
+    finished = opened(**options)
+    Runner(finished).run()
+    finished.check()
+    return finished
 
 
 @pytest.fixture
@@ -105,12 +123,12 @@ def fake_training(monkeypatch):
     def fake_training(dice_of, weights_of=lambda flags: "0123"):
         def call(command, **_):
             flags = dict(zip(command[2::2], command[3::2], strict=True))
-            folder = comparison.Path(flags["--output-dir"])
+            folder, fold = Path(flags["--output-dir"]), int(flags["--fold"]) if "--fold" in flags else None
             validation, of_images = dice_of(flags)
             scores = [MaskScore(name, "liver", round(100 * dice), 100, 100) for name, dice in of_images.items()]
             write_scores(scores, folder / "scores.csv")
             values = {
-                "options": {"steps": int(flags["--steps"]), "dataset": flags["--dataset"]},
+                "options": {"steps": int(flags["--steps"]), "dataset": flags["--dataset"], "fold": fold},
                 "validation": {"best_dice": validation, "best_step": 4},
                 "test": {"mean_dice": 0.5, "labels": {"liver": {}}},
                 "trainable_parameters": 10,
@@ -120,14 +138,14 @@ def fake_training(monkeypatch):
                 "environment": {"python": "3"},
                 "history": {"losses": [], "validations": []},
                 "weights": weights_of(flags),
-                "data": flags["--dataset"],
+                "data": {"train": {"images": 3, "hash": flags["--dataset"] + flags.get("--fold", "")}},
             }
             (folder / "metrics.json").write_text(json.dumps(values))
             trained.append(flags)
             return type("Process", (), {"wait": lambda self: 0, "stdin": io.BytesIO()})()
 
         trained = []
-        monkeypatch.setattr(comparison.subprocess, "Popen", call)
+        monkeypatch.setattr(subprocess, "Popen", call)
         monkeypatch.setattr(comparison, "open_splits", lambda *_: None)
         return trained
 
@@ -140,12 +158,11 @@ def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training
         return -abs(rate - 0.006), {"a": min(1, 10 * rate)}  # the test images like large ones
 
     trained = fake_training(dice_of)
-    bench = Bench(CompareOptions(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3"))
-    bench.run()
-    results = bench.results()
+    finished = run_all(output_dir=str(tmp_path), methods="s-sam", seeds=3, rate_factors="0.3,1,3")
+    results = finished.results({})
     assert results.rates == {("s-sam", 1): 0.005}
     cell = results.done_seeds("s-sam")[0][0]
-    rates = [bench.plan.describe_rate(replace(cell, learning_rate=rate)) for rate in RATES]
+    rates = [finished.plan.describe_rate(replace(cell, learning_rate=rate)) for rate in RATES]
     assert rates == ["0.0015 (lowest tried)", "0.005", "0.015 (highest tried)"]
     assert sorted((flags["--learning-rate"], flags["--seed"]) for flags in trained) == [
         ("0.0015", "0"),
@@ -158,13 +175,8 @@ def test_learning_rates_are_chosen_on_validation_and_never_on_test(fake_training
 
 def test_folds_make_one_test_set(fake_training, tmp_path):
     trained = fake_training(lambda flags: (0.5, {f"image of {flags['--dataset']}": 0.1 * int(flags["--dataset"][-1])}))
-    bench = Bench(
-        CompareOptions(
-            output_dir=str(tmp_path), dataset="us-{fold}", folds=3, methods="lora", seeds=2, rate_factors="1"
-        )
-    )
-    bench.run()
-    results = bench.results()
+    options = {"folds": 3, "methods": "lora", "seeds": 2, "rate_factors": "1"}
+    results = run_all(output_dir=str(tmp_path), dataset="us-{fold}", **options).results({})
     seeds = results.done_seeds("lora")
     assert list(seeds) == [0, 1] and len(trained) == 6
     scores = results.scores(seeds[1])
@@ -176,12 +188,8 @@ def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_pat
     fake_training(
         lambda flags: (-abs(float(flags["--learning-rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
     )
-    options = CompareOptions(
-        output_dir=str(tmp_path), dataset="us-{fold}", folds=2, methods="lora", rate_factors="1,2"
-    )
-    bench = Bench(options)
-    bench.run()
-    results = bench.results()
+    options = {"folds": 2, "methods": "lora", "rate_factors": "1,2"}
+    results = run_all(output_dir=str(tmp_path), dataset="us-{fold}", **options).results({})
     assert results.rates == {("lora", 1): 0.002, ("lora", 2): 0.004}
     assert [cell.learning_rate for cell in results.done_seeds("lora")[2]] == [0.002, 0.004]
 
@@ -189,17 +197,17 @@ def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_pat
 def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path):
     fake_training(lambda flags: (0.5, {"a": 0.5}), weights_of=lambda flags: flags["--method"])
     options = {"output_dir": str(tmp_path), "methods": "lora", "rate_factors": "1", "seeds": 1}
-    Bench(CompareOptions(**options)).run()
+    run_all(**options)
     with pytest.raises(UserError, match="was run with dataset 'brain-mri', and now it is 'glas'"):
-        Bench(CompareOptions(**options, dataset="glas"))
+        opened(**options, dataset="glas")
     # What a run's record does not name was as it is by default.
     with pytest.raises(UserError, match="was run with choose_by 'pooled-dice', and now it is 'dice'"):
-        Bench(CompareOptions(**options, choose_by="dice"))
+        opened(**options, choose_by="dice")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "metrics.json").write_text('{"test": {}}')
-    Bench(CompareOptions(**options))
+    opened(**options)
     with pytest.raises(UserError, match=r"s-sam/.* is not of the same weights as .*lora/"):
-        Bench(CompareOptions(**{**options, "methods": "lora,s-sam"})).run()
+        run_all(**{**options, "methods": "lora,s-sam"})
 
 
 @pytest.mark.parametrize(
@@ -207,29 +215,23 @@ def test_runs_of_something_else_are_not_taken_for_these(fake_training, tmp_path)
     [
         ({"methods": "s-sam,s-sam"}, "methods is 's-sam,s-sam', but it names one twice"),
         ({"methods": "s-sam,magic"}, "methods names 'magic', but the methods are"),
-        ({"seed": 5}, "is set for each run; give seeds in its place"),
-        ({"learning_rate": 0.1}, "is set for each run; give rate_factors in its place"),
-        ({"folds": 3}, "goes with {fold} in dataset"),
+        ({"dataset": "us-{fold}"}, "must be given with {fold} in dataset"),
         ({"rate_factors": "1,-1"}, "must be numbers above 0"),
         ({"dataset": "glas", "data_root": "nowhere"}, "there is no folder nowhere"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(options, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
-        Bench(CompareOptions(output_dir=str(tmp_path), **options))
+        opened(output_dir=str(tmp_path), **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_seed_counts_once_all_of_its_folds_are_done(fake_training, tmp_path):
     fake_training(lambda flags: (0.5, {"a": 0.5}))
-    bench = Bench(
-        CompareOptions(
-            output_dir=str(tmp_path), dataset="us-{fold}", folds=2, methods="lora", seeds=2, rate_factors="1"
-        )
-    )
-    bench.run()
-    (bench.folder_of(bench.results().done_seeds("lora")[1][-1]) / "metrics.json").unlink()
-    assert list(bench.results().done_seeds("lora")) == [0]
+    options = {"folds": 2, "methods": "lora", "seeds": 2, "rate_factors": "1"}
+    finished = run_all(output_dir=str(tmp_path), dataset="us-{fold}", **options)
+    (finished.folder_of(finished.results({}).done_seeds("lora")[1][-1]) / "metrics.json").unlink()
+    assert list(finished.results({}).done_seeds("lora")) == [0]
 
 
 @pytest.fixture
@@ -295,16 +297,16 @@ def test_killed_it_leaves_no_run_and_a_repeated_one_waits_for_those_that_live(co
 
 def test_a_damaged_record_of_a_run_is_named(fake_training, tmp_path):
     fake_training(lambda flags: (0.5, {"a": 0.5}))
-    options = CompareOptions(output_dir=str(tmp_path), methods="lora", rate_factors="1", seeds=1)
-    Bench(options).run()
+    options = {"output_dir": str(tmp_path), "methods": "lora", "rate_factors": "1", "seeds": 1}
+    run_all(**options)
     (path,) = tmp_path.rglob("metrics.json")
     for content in ("", "[]", '{"options": 3}', "[" * 100_000, '{"options": {}, "validation": {"best_dice": null}}'):
         path.write_text(content)
         with pytest.raises(UserError, match=r"metrics\.json is not what a finished run writes; remove"):
-            Bench(options)
+            opened(**options)
     path.write_text('{"options": {}, "validation": {"best_dice": 0.5}}')
     with pytest.raises(UserError, match=r"metrics\.json is not what a finished run writes; remove"):
-        Bench(options).results()
+        opened(**options)
 
 
 def test_where_images_are_blank_the_difference_stands_also_without_them():
@@ -331,3 +333,24 @@ def test_where_images_are_blank_the_difference_stands_also_without_them():
 def test_what_a_run_said_last():
     assert last_line("10%\r20%\rTraceback\nerror: no\n\n") == "error: no"
     assert last_line("") == ""
+
+
+def test_a_fold_is_an_argument_and_its_old_name_stays_the_same_run(fake_training, tmp_path):
+    """A comparison that an older version began, with the fold in the dataset's name, goes on."""
+    trained = fake_training(lambda flags: (0.5, {f"image of fold {flags.get('--fold')}": 0.5}))
+    options = {"output_dir": str(tmp_path), "folds": 5, "methods": "lora", "seeds": 1, "rate_factors": "1"}
+    run_all(**options, dataset="abdominal-us-real")
+    assert [(flags["--dataset"], flags["--fold"]) for flags in trained] == [
+        ("abdominal-us-real", str(fold)) for fold in range(1, 6)
+    ]
+    for fold in range(1, 6):
+        (path,) = tmp_path.glob(f"lora/fold-{fold}/*/*/metrics.json")
+        record = json.loads(path.read_text())
+        record["options"] = {"dataset": f"abdominal-us-real-{fold}", "steps": record["options"]["steps"]}
+        path.write_text(json.dumps(record))
+    opened(**options, dataset="abdominal-us-real")
+    opened(**options, dataset="abdominal-us-real-{fold}")
+    with pytest.raises(UserError, match=r"was run with dataset 'abdominal-us-real', and now it is 'abdominal-us'"):
+        opened(**{**options, "folds": None}, dataset="abdominal-us")
+    with pytest.raises(UserError, match="folds is None, but it must be from 1 to 5, the folds of abdominal-us-real"):
+        opened(**{**options, "folds": None}, dataset="abdominal-us-real")

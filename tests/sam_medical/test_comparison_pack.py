@@ -13,13 +13,13 @@ import pytest
 
 from sam_medical.cli import compare
 from sam_medical.common.errors import UserError
+from sam_medical.comparison.finished import FinishedRuns
 from sam_medical.comparison.pack import HISTORY_FILE, REPORT_FILE, RUNS_FILE, SCORES_FILE, read_pack, write_pack
 from sam_medical.comparison.plan import Plan
 from sam_medical.comparison.portable import portable_options, portable_text
 from sam_medical.comparison.report import write_report
-from sam_medical.comparison.runner import Bench
 from sam_medical.evaluation.metrics import MaskScore, write_scores
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 
@@ -29,9 +29,8 @@ METHODS = ("s-sam", "lora", "zero-shot-point")
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
+def finished(tmp_path):
     """Finished runs of three methods on two folds, in folders with this machine's paths in what they hold."""
-    monkeypatch.setattr("sam_medical.comparison.runner.open_splits", lambda *_: None)
     options = CompareOptions(
         output_dir=str(tmp_path / "runs"),
         data_root=str(tmp_path / "images of patients"),
@@ -44,19 +43,19 @@ def bench(tmp_path, monkeypatch):
         rate_factors="1,3",
         jobs=2,
     )
-    bench, random = Bench(options), np.random.default_rng(0)
     plan = Plan(options)
-    candidates = [cell for pair in plan.pairs for cell in plan.candidates(*pair)]
+    finished, random = FinishedRuns(plan, tmp_path / "runs"), np.random.default_rng(0)
+    candidates = plan.all_candidates
     rates = plan.best_rates({cell: cell.learning_rate for cell in candidates})
     for cell in {*candidates, *plan.with_all_seeds(rates)}:
-        write_cell(bench, cell, random)
-    bench.failures[candidates[0]] = f"error: {tmp_path}/images of patients/a/1.png has no mask in {tmp_path}/x.json"
-    return bench
+        write_cell(finished, cell, random)
+    return finished
 
 
-def write_cell(bench, cell, random):
-    folder = bench.folder_of(cell)
+def write_cell(finished, cell, random):
+    folder = finished.folder_of(cell)
     folder.mkdir(parents=True)
+    options = finished.plan.options
     scores = [
         MaskScore(
             f'image "{number}", {cell.fold}', label, *random_counts(random), *random.random(2), f"p{number // 2}"
@@ -68,7 +67,11 @@ def write_cell(bench, cell, random):
     write_scores(scores, folder / "scores.csv")
     of_label = {"dice": random.random(), "dice_pooled": None, "images": 4, "trained": True}
     metrics = {
-        "options": {"output_dir": str(folder), "data_root": bench.options.data_root, "dataset": f"us-{cell.fold}"},
+        "options": {
+            "output_dir": str(folder),
+            "data_root": finished.plan.options.data_root,
+            "dataset": f"us-{cell.fold}",
+        },
         "test": {"mean_dice": random.random(), "labels": {"liver": {}, "kidney": {}}},
         "validation": {"best_dice": cell.learning_rate, "best_step": 4},
         "trainable_parameters": 1000 + len(cell.method),
@@ -84,7 +87,7 @@ def write_cell(bench, cell, random):
             "label_scores": [{"liver": of_label}, {"liver": of_label}],
         },
     }
-    metrics["options"] |= {name: getattr(bench.options, name) for name in ("steps",)}
+    metrics["options"] |= {name: getattr(options, name) for name in ("steps",)}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -103,16 +106,23 @@ def contents(folder, names):
 
 
 @pytest.fixture
-def pack(bench, tmp_path):
+def results(finished, tmp_path):
+    """The results of these runs, of which one has failed."""
+    reason = f"error: {tmp_path}/images of patients/a/1.png has no mask in {tmp_path}/x.json"
+    return finished.results({finished.plan.all_candidates[0]: reason})
+
+
+@pytest.fixture
+def pack(results, tmp_path):
     """The report of these runs, as compare.py leaves it."""
     folder = tmp_path / "report"
-    write_pack(bench.results(), folder)
-    write_report(bench.results(), folder)
+    write_pack(results, folder)
+    write_report(results, folder)
     return folder
 
 
-def test_a_report_comes_out_of_its_own_files_as_it_came_out_of_the_runs(bench, pack, run, capsys):
-    assert read_pack(pack) == bench.results()
+def test_a_report_comes_out_of_its_own_files_as_it_came_out_of_the_runs(results, pack, run, capsys):
+    assert read_pack(pack) == results
     before = contents(pack, PACKED + WRITTEN)
     for name in WRITTEN:
         (pack / name).unlink()
@@ -122,28 +132,27 @@ def test_a_report_comes_out_of_its_own_files_as_it_came_out_of_the_runs(bench, p
     assert {path.name for path in pack.iterdir()} == {*PACKED, *WRITTEN}
 
 
-def test_the_same_results_give_the_same_bytes(bench, pack, tmp_path):
-    results = bench.results()
+def test_the_same_results_give_the_same_bytes(results, pack, tmp_path):
     write_pack(replace(results, runs=dict(reversed(results.runs.items()))), tmp_path / "again")
     assert contents(tmp_path / "again", PACKED) == contents(pack, PACKED)
 
 
-def test_every_run_has_a_row_and_its_scores_to_the_last_digit(bench, pack):
+def test_every_run_has_a_row_and_its_scores_to_the_last_digit(finished, pack):
     with (pack / RUNS_FILE).open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(list(bench.folder.rglob("metrics.json"))) == 14
+    assert len(rows) == len(list(finished.folder.rglob("metrics.json"))) == 14
     assert [row["method"] for row in rows] == sorted(row["method"] for row in rows)
     text = gzip.decompress((pack / SCORES_FILE).read_bytes()).decode()
     packed = [[row["image"], row["label"], row["surface_dice"]] for row in csv.DictReader(io.StringIO(text))]
     written = []
     for row in rows:
         folder = f"{row['method']}/fold-{row['fold']}/rate-{float(row['learning_rate']):g}/seed-{row['seed']}"
-        with (bench.folder / folder / "scores.csv").open(newline="") as file:
+        with (finished.folder / folder / "scores.csv").open(newline="") as file:
             written += [[score["image"], score["label"], score["surface_dice"]] for score in csv.DictReader(file)]
     assert packed == written
 
 
-def test_no_packed_file_holds_a_path_of_this_machine(bench, pack, tmp_path):
+def test_no_packed_file_holds_a_path_of_this_machine(pack, tmp_path):
     for name, content in contents(pack, PACKED + WRITTEN).items():
         content = gzip.decompress(content) if name.endswith(".gz") else content
         for place in (tmp_path, Path.home(), Path(__file__).parents[2]):
@@ -191,19 +200,18 @@ def test_a_missing_or_damaged_file_is_named(pack, name):
         read_pack(pack)
 
 
-def test_files_of_two_reports_are_not_taken_for_one(bench, pack, tmp_path):
+def test_files_of_two_reports_are_not_taken_for_one(results, pack, tmp_path):
     """As a kill between two of them would leave."""
-    results = bench.results()
     write_pack(replace(results, runs=dict(list(results.runs.items())[:-1])), tmp_path / "other")
     (pack / RUNS_FILE).write_bytes((tmp_path / "other" / RUNS_FILE).read_bytes())
     with pytest.raises(UserError, match=r"runs\.csv is not the one that report\.json was written with"):
         read_pack(pack)
 
 
-def test_line_ends_of_a_checkout_do_not_matter(bench, pack):
+def test_line_ends_of_a_checkout_do_not_matter(results, pack):
     content = (pack / RUNS_FILE).read_bytes()
     (pack / RUNS_FILE).write_bytes(content.replace(b"\n", b"\r\n"))
-    assert read_pack(pack) == bench.results()
+    assert read_pack(pack) == results
 
 
 def test_a_report_of_another_version_is_refused(pack):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sam_medical.cli import evaluate, train
 from sam_medical.common.errors import UserError
-from sam_medical.training.process import check_processes
+from sam_medical.common.process import check_processes
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
 

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from sam_medical.common.choices import FITS, INTENSITY_FORMS, LEAST_TILE, OFFSET_FORMS, PLANES, PROMPTS, Fit, Prompt
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import whole_folder, write_json
 from sam_medical.common.json_files import read_object
 from sam_medical.common.values import LARGEST_IMAGE, LONGEST_TEXT, is_whole, shortened
 from sam_medical.data.base import require_label_names
-from sam_medical.data.geometry import PLANES, STORED
-from sam_medical.data.intensity import FORMS, LEGACY, is_intensity
-from sam_medical.data.loading import FITS, LEAST_TILE, Framing
+from sam_medical.data.geometry import STORED
+from sam_medical.data.intensity import LEGACY, is_intensity
+from sam_medical.data.loading import Framing
 from sam_medical.data.offset import AUTO as AUTO_OFFSET
 from sam_medical.data.offset import BY_IMAGE, is_offset
-from sam_medical.data.offset import FORMS as OFFSETS
 from sam_medical.data.reading import Reading
 from sam_medical.methods import METHODS
 from sam_medical.methods.tuners import ADVICE
-from sam_medical.models.prompts import PROMPTS
 
 TASK_FILE = "task.json"
 TEXT_FILE = "text_embeddings.safetensors"
+MOST_FOLDS = 10**4
+
+
+class TaskOptions(Protocol):
+    """The options that say what an adapter is for."""
+
+    dataset: str
+    fold: int | None
+    backbone: str
+    image_size: int
+    text_encoder: str
+    target_modules: str | None
+    fit: Fit
+    tile: int | None
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Task:
         fit, tile: How images become the model's square; see `sam_medical.data.loading.Framing`.
         prompt: "text", or "learned" for a token a label in place of its name's embedding.
         absent: Labels that no training image had, which are kept out of means.
+        fold: The fold of the dataset, from 1; None if it has no folds.
     """
 
     dataset: str
@@ -62,6 +77,34 @@ class Task:
     tile: int | None = None
     prompt: str = "text"
     absent: tuple[str, ...] = ()
+    fold: int | None = None
+
+    @classmethod
+    def from_options(cls, options: TaskOptions, method: str, labels: Sequence[str], reading: Reading) -> Task:
+        """The task that a command's options describe.
+
+        Args:
+            options: The data, the model, and how it sees images.
+            method: How the model is tuned.
+            labels: The names of the dataset's labels, in its order.
+            reading: How images are read, with an intensity and an offset that the training images have settled.
+        """
+        return cls(
+            dataset=options.dataset,
+            fold=options.fold,
+            labels=tuple(labels),
+            backbone=options.backbone,
+            image_size=options.image_size,
+            text_encoder=options.text_encoder,
+            method=method,
+            target_modules=options.target_modules,
+            intensity=reading.intensity,
+            offset=reading.offset,
+            plane=reading.plane,
+            fit=options.fit,
+            tile=options.tile,
+            prompt=options.prompt,
+        )
 
     @property
     def uses_text(self) -> bool:
@@ -84,7 +127,8 @@ def files_of(task: Task) -> list[str]:
 
 def write_task(task: Task, folder: Path) -> None:
     """Writes the task with a digest of each other file and of itself; last of all, since it speaks of the others."""
-    content = {**asdict(task), "files": {name: _digest(folder / name) for name in files_of(task)}}
+    values = {name: value for name, value in asdict(task).items() if name != "fold" or value is not None}
+    content = {**values, "files": {name: _digest(folder / name) for name in files_of(task)}}
     write_json(folder / TASK_FILE, {**content, "digest": _digest_of(content)})
 
 
@@ -128,6 +172,9 @@ def _checked(content: dict[str, Any], path: Path) -> Task:
         raise UserError(f"{path} lacks the key {key!r}; {ADVICE}.")
     for key in sorted(content.keys() - RULES.keys()):
         raise UserError(f"{path} has the unknown key {key!r}; {ADVICE}.")
+    method: Any = content.get("method")
+    if _is_text(method) and ":" in method and method not in METHODS:
+        raise UserError(f"{path}: {METHODS.unknown(method)}")
     for key, value in content.items():
         holds, rule = RULES[key]
         if not holds(value):
@@ -163,15 +210,16 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backbone_digest": (_is_digest, "sixteen hexadecimal digits"),
     "method": (lambda value: isinstance(value, str) and value in METHODS, f"one of {', '.join(METHODS)}"),
     "target_modules": (lambda value: value is None or _is_text(value), "a regular expression or null"),
-    "intensity": (lambda value: _is_text(value) and is_intensity(value), FORMS),
-    "offset": (lambda value: _is_text(value) and is_offset(value) and value != AUTO_OFFSET, OFFSETS),
-    "plane": (lambda value: value in (*PLANES, STORED), f"one of {', '.join((*PLANES, STORED))}"),
+    "intensity": (lambda value: _is_text(value) and is_intensity(value), INTENSITY_FORMS),
+    "offset": (lambda value: _is_text(value) and is_offset(value) and value != AUTO_OFFSET, OFFSET_FORMS),
+    "plane": (lambda value: value in PLANES, f"one of {', '.join(PLANES)}"),
     "fit": (lambda value: value in FITS, f"one of {', '.join(FITS)}"),
     "tile": (
         lambda value: value is None or (is_whole(value) and LEAST_TILE <= value <= LARGEST_IMAGE),
         f"null, or a whole number from {LEAST_TILE} to {LARGEST_IMAGE}",
     ),
     "prompt": (lambda value: value in PROMPTS, f"one of {', '.join(PROMPTS)}"),
+    "fold": (lambda value: is_whole(value) and 1 <= value <= MOST_FOLDS, f"a whole number from 1 to {MOST_FOLDS}"),
     "absent": (
         lambda value: isinstance(value, list) and all(isinstance(label, str) for label in value),
         "a list of names",

@@ -17,43 +17,25 @@ runs save their states and end when it ends, in whatever way.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from sam_medical.common.errors import one_line_errors
-from sam_medical.common.files import folder_in
-from sam_medical.common.lock import only_command_in
-from sam_medical.comparison.masks import draw_masks
-from sam_medical.comparison.pack import read_pack, write_pack
-from sam_medical.comparison.report import write_report
-from sam_medical.comparison.runner import Bench
-from sam_medical.options.options import CompareOptions, parse_options, require_folder_to_be
-from sam_medical.training.process import prepare_process
+from sam_medical.options.checks import require_folder_to_be
+from sam_medical.options.commands import CompareOptions
+from sam_medical.options.parsing import parse_options
 
 
 @one_line_errors
 def main() -> None:
     options = parse_options(CompareOptions)
+    if options.report is None:
+        require_folder_to_be(options, "output_dir")
+    # Imported here, so that help and mistakes are answered before seconds of imports.
+    from sam_medical.common.lock import only_command_in
+    from sam_medical.comparison.run import compare, write_again
+
     if options.report is not None:
-        folder = Path(options.report)
-        print(write_report(read_pack(folder), folder))
+        write_again(Path(options.report))
         return
-    require_folder_to_be(options, "output_dir")
     with only_command_in(Path(options.output_dir)):
         compare(options)
-
-
-def compare(options: CompareOptions) -> None:
-    prepare_process()
-    bench = Bench(options)
-    bench.run()
-    results = bench.results()
-    report = folder_in(Path(options.output_dir), "report")
-    write_pack(results, report)
-    print(write_report(results, report))
-    draw_masks(bench, results, report / "masks.png")
-    print(report)
-    if bench.failures:
-        sys.exit(
-            f"{len(bench.failures)} of the runs have failed; the report says why. Repeat the command to try again."
-        )

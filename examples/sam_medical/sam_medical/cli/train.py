@@ -17,39 +17,13 @@ go on: repeat the command with --resume.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-
-from sam_medical.adapters.adapter import load_adapter
-from sam_medical.adapters.building import build_model
-from sam_medical.adapters.task import Task
-from sam_medical.common.errors import UserError, one_line_errors
-from sam_medical.common.files import folder_in, refuse_link, remove, restore, write_json
-from sam_medical.common.lock import only_command_in
-from sam_medical.common.signals import end_with_parent
-from sam_medical.data.base import SegmentationDataset
-from sam_medical.data.loading import evaluation_loader, thinned
-from sam_medical.data.offset import NONE, in_words
-from sam_medical.data.opening import open_splits, settle_reading
-from sam_medical.data.reading import Reading
-from sam_medical.data.sides import labels_with_a_side
-from sam_medical.data.survey import Survey, warnings_of
-from sam_medical.evaluation.metrics import MaskScore, score_labels, write_scores
-from sam_medical.evaluation.prediction import evaluate, predict_masks
-from sam_medical.evaluation.report import draw_curves, draw_overlays, format_table, scores_as_json
-from sam_medical.methods.tuning import count_trainable
-from sam_medical.models.text import check_distinct, encode_labels
-from sam_medical.options.options import TrainOptions, parse_options, require_folder_to_be
-from sam_medical.training.process import check_processes, end_together, make_accelerator, prepare_process
-from sam_medical.training.record import check_images, environment, peak_memory
-from sam_medical.training.run_states import CHECKPOINT, check_states
-from sam_medical.training.trainer import train
+from sam_medical.common.errors import one_line_errors
+from sam_medical.options.checks import require_folder_to_be
+from sam_medical.options.commands import TrainOptions
+from sam_medical.options.parsing import parse_options
 
 
 @one_line_errors
@@ -57,133 +31,11 @@ def main() -> None:
     started = time.monotonic()
     options = parse_options(TrainOptions)
     require_folder_to_be(options, "output_dir")
+    # Imported here, so that help and mistakes are answered before seconds of imports.
+    from sam_medical.common.lock import only_command_in
+    from sam_medical.common.signals import end_with_parent
+    from sam_medical.training.run import run
+
     end_with_parent()
     with only_command_in(Path(options.output_dir)):
         run(options, started)
-
-
-def run(options: TrainOptions, started: float) -> None:
-    output = Path(options.output_dir)
-    restore(output / "adapter")
-    check_output(output, options)
-    prepare_process()
-    accelerator = make_accelerator(options)
-    check_processes(accelerator)
-    set_seed(options.seed)
-
-    splits = open_splits(options.dataset, options.data_root, options.labels, options.reading)
-    reading = settle_splits(splits)
-    task = Task(
-        dataset=options.dataset,
-        labels=tuple(splits["train"].labels),
-        backbone=options.backbone,
-        image_size=options.image_size,
-        text_encoder=options.text_encoder,
-        method=options.method,
-        target_modules=options.target_modules,
-        intensity=reading.intensity,
-        offset=reading.offset,
-        plane=options.plane,
-        fit=options.fit,
-        tile=options.tile,
-        prompt=options.prompt,
-    )
-    text_embeddings = encode_labels(task.text_encoder, task.labels) if task.uses_text else None
-    if text_embeddings is not None:
-        check_distinct(text_embeddings, task.labels, task.text_encoder)
-    model, task = build_model(task, text_embeddings)
-    surveys = {split: Survey(dataset.labels, options.framing) for split, dataset in splits.items()}
-    data = check_images(splits, surveys)
-    task = replace(task, absent=tuple(surveys["train"].absent()))
-    if set(task.absent) == set(task.labels):
-        raise UserError(f"no training image has any of the labels {', '.join(task.labels)}; add some that do.")
-    for note in notes_before_training(splits["train"], surveys, options):
-        accelerator.print(f"note: {note}.")
-
-    progress, signal_number = train(accelerator, model, text_embeddings, splits, data, task, options, started)
-    if signal_number:
-        accelerator.print(f"Stopped after step {progress.step}; repeat the command with --resume to go on.")
-        end_together(accelerator)
-        sys.exit(128 + signal_number)
-
-    memory = peak_memory(accelerator.device)
-    masks = score_best_adapter(accelerator, splits["test"], options)
-    if accelerator.is_main_process:
-        scores = score_labels(masks, task.labels, task.absent)
-        metrics = {
-            "test": scores_as_json(scores, masks),
-            "validation": {"best_dice": progress.best_dice, "best_step": progress.best_step},
-            "trainable_parameters": count_trainable(model),
-            "seconds": round(progress.seconds, 1),
-            "peak_memory_bytes": memory,
-            "data": data,
-            "weights": task.backbone_digest,
-            "environment": environment(accelerator.device),
-            "processes": accelerator.num_processes,
-            "options": asdict(options),
-            "history": progress.history,
-        }
-        write_scores(masks, output / "scores.csv")
-        if progress.losses:
-            draw_curves(progress.losses, progress.validations, output / "curves.png")
-        # Last of all, because a run that has it counts as finished.
-        write_json(output / "metrics.json", metrics)
-        remove(output / CHECKPOINT)
-        print(format_table(scores, masks))
-        for name in ("adapter", "metrics.json", "scores.csv", "curves.png", "overlays"):
-            if (output / name).exists():
-                print(f"{name:<12} {output / name}")
-    end_together(accelerator)
-
-
-def settle_splits(splits: Mapping[str, SegmentationDataset]) -> Reading:
-    """Lets all splits be read as the training images are, and says how."""
-    reading = settle_reading(splits["train"])
-    for dataset in splits.values():
-        dataset.reading = replace(dataset.reading, intensity=reading.intensity, offset=reading.offset)
-    return reading
-
-
-def notes_before_training(
-    dataset: SegmentationDataset, surveys: Mapping[str, Survey], options: TrainOptions
-) -> list[str]:
-    notes = list(dataset.notes)
-    if dataset.reading.intensity != options.intensity:
-        notes.append(f"intensity auto is {dataset.reading.intensity} here, and kept in the adapter")
-    if dataset.reading.offset not in (NONE, options.offset):
-        notes.append(f"{in_words(dataset.reading.offset)}; kept in the adapter")
-    sided = labels_with_a_side(dataset.labels)
-    if sided and options.augmentation != "none":
-        notes.append(f"views are not mirrored, since labels have a side: {', '.join(sided)}")
-    return notes + warnings_of(surveys)
-
-
-def check_output(output: Path, options: TrainOptions) -> None:
-    """Raises a `UserError` if the folder holds another run, one that cannot go on, or links."""
-    for name in (CHECKPOINT, "overlays"):
-        refuse_link(output / name)
-    is_interrupted = (output / CHECKPOINT).exists()
-    if is_interrupted and not options.resume:
-        raise UserError(f"{output} holds an interrupted run; go on with --resume, or give another --output-dir.")
-    if (output / "metrics.json").exists() and not is_interrupted and not options.overwrite:
-        raise UserError(f"{output} holds a finished run; replace it with --overwrite, or give another --output-dir.")
-    check_states(output / CHECKPOINT)
-
-
-def score_best_adapter(
-    accelerator: Accelerator, dataset: SegmentationDataset, options: TrainOptions
-) -> list[MaskScore]:
-    """Reads the best adapter back from its folder, scores it on the test images, and draws some of them.
-
-    In full precision, whatever it was trained in, so that evaluate.py finds the same.
-    """
-    output = Path(options.output_dir)
-    model, task = load_adapter(output / "adapter", options.backbone)
-    model = model.to(accelerator.device)
-    loader = accelerator.prepare(evaluation_loader(dataset, task.framing, options.batch_size, options.num_workers))
-    scores = evaluate(accelerator, model, loader, task.labels, "test", distances=True)
-    if accelerator.is_main_process:
-        chosen = thinned(dataset, options.overlays)
-        predictions = predict_masks(model, evaluation_loader(chosen, task.framing, 1))
-        draw_overlays(predictions, task.labels, folder_in(output, "overlays"))
-    return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 
 from sam_medical.common.files import is_device
 from sam_medical.common.names import LONGEST
@@ -49,3 +49,9 @@ def _why_not_below(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror
     return None
+
+
+def own_name(base: str) -> str:
+    """The name of a base model without its place on this machine; a name on the hub stays as it is."""
+    is_here = any(kind(base).is_absolute() for kind in (PurePath, PureWindowsPath)) or ".." in PurePath(base).parts
+    return PurePath(base.replace("\\", "/")).name if is_here else base

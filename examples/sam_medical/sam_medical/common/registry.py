@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 from sam_medical.common.errors import UserError, first_line
+from sam_medical.common.values import shortened
 
 T = TypeVar("T")
 
 PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# Modules of the user's own that were given on the command line.
+EXTENSIONS: set[str] = set()
 
 
 def is_place(name: str) -> bool:
@@ -25,15 +28,18 @@ class Registry(Mapping[str, T], Generic[T]):
     """Values by name, in a fixed order. Listing the names imports nothing.
 
     A value may also be named by its place, ``package.module:NAME``. Only `find` imports such a module, because it is
-    for names that the user has typed: a name that was read from a file must not choose code that is run.
+    for names that the user has typed: a name that was read from a file must not choose code that is run. A place in
+    a module that the user has given as an extension is a name like any other.
 
     Args:
         kind: What the values are, in the singular, as messages say it.
         places: For each name the place of its value, ``package.module:NAME``.
+        has: An attribute by which a value is told from anything else in a module.
     """
 
-    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, places: Mapping[str, str], has: str = "") -> None:
         self.kind = kind
+        self.has = has
         self._places = dict(places)
         self._values: dict[str, T] = {}
 
@@ -55,20 +61,41 @@ class Registry(Mapping[str, T], Generic[T]):
             UserError: if there is none, or its module cannot be imported.
         """
         if name not in self and is_place(name):
-            self._values[name] = _import(name, self.kind)
+            value = _import(name, self.kind)
+            if not self._can_be(value):
+                raise UserError(f"{name!r} is no {self.kind}, but {type(value).__name__}; give one.")
+            self._values[name] = value
         if name not in self:
-            raise UserError(
-                f"unknown {self.kind} {name!r}; choose from {', '.join(self)}, or give package.module:NAME."
-            )
+            raise UserError(self.unknown(name))
         return self[name]
+
+    def unknown(self, name: str) -> str:
+        """What to do about a name that is none."""
+        module, _, _ = name.partition(":")
+        if is_place(name):
+            return (
+                f"the {self.kind} {name!r} is not part of this package, and a file's name imports nothing; if you "
+                f"trust its code, give --extensions {module}."
+            )
+        return f"unknown {self.kind} {name!r}; choose from {', '.join(self)}, or give package.module:NAME."
 
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
-            self._values[name] = _import(self._places[name], self.kind)
+            if name not in self:
+                raise KeyError(name)
+            self._values[name] = _import(self._places.get(name, name), self.kind)
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places or name in self._values
+        return name in self._places or name in self._values or (isinstance(name, str) and self._is_in_extension(name))
+
+    def _is_in_extension(self, name: str) -> bool:
+        module, _, rest = name.partition(":")
+        value = getattr(sys.modules[module], rest, None) if rest and module in EXTENSIONS else None
+        return value is not None and self._can_be(value)
+
+    def _can_be(self, value: Any) -> bool:
+        return not self.has or hasattr(value, self.has)
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._places, *self._values]))
@@ -77,10 +104,31 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(list(iter(self)))
 
 
+def import_extensions(modules: Iterable[str]) -> None:
+    """Imports modules that the user has named on the command line, whose code may add to registries.
+
+    Raises:
+        UserError: if one cannot be imported.
+    """
+    _look_here()
+    for module in modules:
+        try:
+            import_module(module)
+        except (ImportError, ValueError, OSError) as error:
+            name, reason = shortened(module), first_line(error)[:200]
+            raise UserError(f"extensions names {name}, which cannot be imported ({reason}).") from error
+        EXTENSIONS.add(module)
+
+
+def _look_here() -> None:
+    """Lets modules be found in the current folder: `sam-medical` is a script elsewhere, and users' are mostly here."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def _import(place: str, kind: str) -> Any:
     module, _, name = place.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # `sam-medical` is a script elsewhere, and users' modules are mostly here
+    _look_here()
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam_medical.adapters.adapter import load_adapter
+from sam_medical.comparison.finished import FinishedRuns
 from sam_medical.comparison.results import Results
-from sam_medical.comparison.runner import Bench
 from sam_medical.data.loading import evaluation_loader, spread
 from sam_medical.data.opening import open_dataset, settle_reading
 from sam_medical.evaluation.prediction import predict_masks
@@ -14,23 +14,24 @@ from sam_medical.evaluation.report import draw_grid
 from sam_medical.methods import METHODS
 
 
-def draw_masks(bench: Bench, results: Results, path: Path) -> None:
+def draw_masks(finished: FinishedRuns, results: Results, path: Path) -> None:
     """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed.
 
     Images and adapters are needed for it, so it is drawn where the runs are.
     """
-    options = bench.options
+    options = finished.plan.options
     seeds = {method: results.done_seeds(method) for method in options.method_names}
     first = {method: next(iter(cells.values()))[0] for method, cells in seeds.items() if cells}
     if not first:
         return
-    name, root, labels = bench.plan.dataset_of(1), options.data_root, options.labels
-    reading = settle_reading(open_dataset(name, root, "train", labels, options.reading))
-    dataset = open_dataset(name, root, "test", labels, reading)
+    root, labels = options.data_root, options.labels
+    name, fold = finished.plan.dataset_of(1)
+    reading = settle_reading(open_dataset(name, root, "train", labels, options.reading, fold))
+    dataset = open_dataset(name, root, "test", labels, reading, fold)
     samples = spread(dataset, options.examples)
     columns = {"truth": [sample.masks for sample in samples]}
     for method, cell in first.items():
-        adapter = bench.folder_of(cell) / "adapter"
+        adapter = finished.folder_of(cell) / "adapter"
         if not adapter.is_dir():  # kept elsewhere, because of its size
             continue
         model, task = load_adapter(adapter, options.backbone)

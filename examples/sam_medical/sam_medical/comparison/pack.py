@@ -25,7 +25,7 @@ from sam_medical.comparison.plan import Cell
 from sam_medical.comparison.portable import OPTIONS_OF_A_MACHINE
 from sam_medical.comparison.results import Moment, Results, RunResult
 from sam_medical.evaluation.metrics import MaskScore, score_from_row
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
 
 RUNS_FILE = "runs.csv"
 SCORES_FILE = "scores.csv.gz"
@@ -40,8 +40,7 @@ NUMBERS = (
     *("best_dice", "best_step", "test_dice", "trainable_parameters", "seconds"),
     *("peak_memory_bytes", "processes"),
 )
-# What each run has of its own is in runs.csv.
-NOT_SHARED = (*OPTIONS_OF_A_MACHINE, "method", "seed", "learning_rate")
+NOT_SHARED = OPTIONS_OF_A_MACHINE
 WHOLE_NUMBERS = ("best_step", "trainable_parameters", "peak_memory_bytes", "processes")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from sam_medical.methods import METHODS
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions, TrainOptions
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +21,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.method}/fold-{self.fold}/rate-{self.learning_rate:g}/seed-{self.seed}"
+        """The folder of the run. A method of the user's own has a colon in its name, and some systems allow none."""
+        return f"{self.method.replace(':', '.')}/fold-{self.fold}/rate-{self.learning_rate:g}/seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
 
     @property
     def folds(self) -> range:
+        """The folds, from 1. A dataset without folds counts as one."""
         return range(1, (self.options.folds or 1) + 1)
 
     @property
@@ -42,8 +45,15 @@ class Plan:
         """Every method with every fold."""
         return [(method, fold) for method in self.options.method_names for fold in self.folds]
 
-    def dataset_of(self, fold: int) -> str:
-        return self.options.dataset.replace("{fold}", str(fold))
+    def dataset_of(self, fold: int) -> tuple[str, int | None]:
+        """The name of the dataset and its fold, None if it has no folds.
+
+        In older comparisons the name has the fold in it, as ``{fold}``.
+        """
+        name = self.options.dataset
+        if "{fold}" in name:
+            return name.replace("{fold}", str(fold)), None
+        return name, None if self.options.folds is None else fold
 
     def seeds_of(self, method: str) -> range:
         return range(self.options.seeds if METHODS[method].is_random else 1)
@@ -53,6 +63,11 @@ class Plan:
         factors = self.options.factors if METHODS[method].learns else [1.0]
         base = METHODS[method].learning_rate
         return [Cell(method, fold, 0, float(f"{base * factor:.2g}")) for factor in factors]
+
+    @property
+    def all_candidates(self) -> list[Cell]:
+        """The cells by which all learning rates are chosen."""
+        return [cell for pair in self.pairs for cell in self.candidates(*pair)]
 
     def best_rates(self, validation: Mapping[Cell, float]) -> dict[tuple[str, int], float]:
         """The learning rate of each method and fold that has a finished candidate.
@@ -71,8 +86,16 @@ class Plan:
         """The cells at these learning rates."""
         return [Cell(*pair, seed, rate) for pair, rate in rates.items() for seed in self.seeds_of(pair[0])]
 
+    def train_options(self, cell: Cell) -> dict[str, Any]:
+        """The options with which `train` runs a cell, except for the folder."""
+        names = {field.name for field in fields(TrainOptions)} - {"output_dir"}
+        shared = {name: value for name, value in asdict(self.options).items() if name in names}
+        dataset, fold = self.dataset_of(cell.fold)
+        own = {"method": cell.method, "seed": cell.seed, "learning_rate": cell.learning_rate}
+        return {**shared, "dataset": dataset, "fold": fold, **own}
+
     def describe_rate(self, cell: Cell) -> str:
-        """The cell's learning rate, and whether it is an end of those tried, beyond which may lie a better one."""
+        """The cell's learning rate, marked if it is the lowest or highest tried: a better one may lie beyond."""
         rates = sorted(candidate.learning_rate for candidate in self.candidates(cell.method, cell.fold))
         ends = {rates[0]: " (lowest tried)", rates[-1]: " (highest tried)"} if len(rates) > 1 else {}
         return f"{cell.learning_rate:g}{ends.get(cell.learning_rate, '')}"

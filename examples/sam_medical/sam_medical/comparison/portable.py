@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import socket
 from dataclasses import replace
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 
-from sam_medical.options.options import CompareOptions
+from sam_medical.common.paths import own_name
+from sam_medical.options.commands import CompareOptions
 
 DATA, RUNS, HOME, HOST = "DATA", "RUNS", "HOME", "HOST"
 # What says where and how a comparison was run, and not what it compares.
-OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "resume", "overwrite")
+OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "extensions")
 _IN_A_PATH = r"[^\s'\"`:;,()\[\]]"
 # From a root or a drive through at least one folder; the last name is kept. The slashes of an address are not meant.
 _ABSOLUTE = re.compile(rf"(?<![\w./:~-])(?:[A-Za-z]:)?[\\/](?:{_IN_A_PATH}*[\\/])+({_IN_A_PATH}*)")
@@ -22,8 +23,8 @@ def portable_options(options: CompareOptions) -> CompareOptions:
     return replace(
         options,
         data_root=None if options.data_root is None else DATA,
-        backbone=_name_of(options.backbone),
-        text_encoder=_name_of(options.text_encoder),
+        backbone=own_name(options.backbone),
+        text_encoder=own_name(options.text_encoder),
         **{name: getattr(type(options), name) for name in OPTIONS_OF_A_MACHINE},
     )
 
@@ -38,9 +39,3 @@ def portable_text(text: str, options: CompareOptions) -> str:
         text = re.sub(rf"{re.escape(folder)}(?![\w.-])", spellings[folder], text)
     text = _ABSOLUTE.sub(lambda match: match[1] or "FOLDER", text)
     return re.sub(rf"(?<![\w-]){re.escape(socket.gethostname())}(?![\w-])", HOST, text)
-
-
-def _name_of(base: str) -> str:
-    """A hub's name as it is; of a file or folder of this machine its own name."""
-    is_here = any(kind(base).is_absolute() for kind in (PurePath, PureWindowsPath)) or ".." in PurePath(base).parts
-    return PurePath(base.replace("\\", "/")).name if is_here else base

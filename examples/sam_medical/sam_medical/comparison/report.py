@@ -26,7 +26,8 @@ from sam_medical.evaluation.report import (
 )
 from sam_medical.evaluation.statistics import RESAMPLES, Comparison, compare, dice_by_case, holm, interval
 from sam_medical.methods import METHODS
-from sam_medical.options.options import CompareOptions, changed_options, flags_of
+from sam_medical.options.commands import CompareOptions
+from sam_medical.options.parsing import changed_options, flags_of
 
 FIRST = "the first"
 STEPS_OF_NAMES = 100

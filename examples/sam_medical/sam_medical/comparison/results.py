@@ -9,7 +9,8 @@ from typing import Any
 
 from sam_medical.comparison.plan import Cell, Plan
 from sam_medical.evaluation.metrics import MaskScore
-from sam_medical.options.options import CompareOptions
+from sam_medical.options.commands import CompareOptions
+from sam_medical.training.record import RunRecord
 
 LOSS = "loss"
 VALIDATION = "validation"
@@ -110,19 +111,19 @@ class Results:
         return [score for cell in cells for score in self.runs[cell].scores]
 
 
-def result_of(metrics: Mapping[str, Any], scores: list[MaskScore]) -> RunResult:
-    """A run's result out of what it has written."""
+def result_of(record: RunRecord, scores: list[MaskScore]) -> RunResult:
+    """A run's result out of its record and the scores of its test images."""
     return RunResult(
-        best_dice=float(metrics["validation"]["best_dice"]),
-        best_step=metrics["validation"]["best_step"],
-        test_dice=float(metrics["test"]["mean_dice"]),
-        trainable_parameters=metrics["trainable_parameters"],
-        seconds=float(metrics["seconds"]),
-        peak_memory_bytes=metrics["peak_memory_bytes"],
-        processes=metrics["processes"],
-        environment=metrics["environment"],
+        best_dice=record.best_dice,
+        best_step=record.best_step,
+        test_dice=float(record.test["mean_dice"]),
+        trainable_parameters=record.trainable_parameters,
+        seconds=record.seconds,
+        peak_memory_bytes=record.peak_memory_bytes,
+        processes=record.processes,
+        environment=record.environment,
         scores=scores,
-        history=list(_moments(metrics["history"])),
+        history=list(_moments(record.history)),
     )
 
 
@@ -132,6 +133,6 @@ def _moments(history: Mapping[str, Any]) -> Iterable[Moment]:
         yield Moment(step, "", LOSS, float(loss))
     for step, dice in validations:
         yield Moment(step, "", VALIDATION, float(dice))
-    for (step, _), scores in zip(validations, history.get("label_scores", []), strict=False):
+    for (step, _), scores in zip(validations, history["label_scores"], strict=False):
         for label, values in scores.items():
             yield from (Moment(step, label, name, float(value)) for name, value in values.items() if value is not None)

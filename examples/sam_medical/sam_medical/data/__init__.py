@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from sam_medical.common.registry import Registry
@@ -15,10 +16,19 @@ DATASETS: Registry[type[SegmentationDataset]] = Registry(
         "brain-mri": "sam_medical.data.brain_mri:BrainMri",
         "cholecseg8k": "sam_medical.data.cholecseg8k:CholecSeg8k",
         "abdominal-us": "sam_medical.data.abdominal_us:Ultrasound",
-        **{f"abdominal-us-real-{fold}": f"sam_medical.data.abdominal_us:RealUltrasound{fold}" for fold in range(1, 6)},
+        "abdominal-us-real": "sam_medical.data.abdominal_us:RealUltrasound",
         "chestx-det": "sam_medical.data.chestxdet:ChestXDet",
         "lits-png": "sam_medical.data.lits_png:LitsPng",
         "glas": "sam_medical.data.glas:Glas",
         "own": "sam_medical.data.own:OwnData",
     },
+    has="splits",
 )
+
+
+def dataset_and_fold(name: str, fold: int | None = None) -> tuple[str, int | None]:
+    """The name of a dataset and its fold. Older versions had the fold in the name, as in abdominal-us-real-2."""
+    match = re.fullmatch(r"(.+)-(\d{1,4})", name, re.ASCII)
+    if fold is None and match and name not in DATASETS and match[1] in DATASETS:
+        return match[1], int(match[2])
+    return name, fold

@@ -41,7 +41,6 @@ SPECK_PIXELS = 30
 SIMULATED = {"train": range(1, 13), "validation": range(13, 16)}
 PATIENT = re.compile(r"ct(\d+)", re.IGNORECASE)
 FOLDER = "abdominal_US"
-FOLDS = 5
 
 
 class Ultrasound(SegmentationDataset):
@@ -82,14 +81,14 @@ class RealUltrasound(Ultrasound):
 
     A fold is a run of neighbours by name, since frames that follow one another show nearly the same."""
 
-    fold = 0
+    folds = 5
 
-    def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
+    def __init__(self, root: Path | None, split: str, reading: Reading | None = None, fold: int = 1) -> None:
         super().__init__(root, "test", reading)
         self.split = split
-        held_out = {"test": self.fold, "validation": (self.fold + 1) % FOLDS}
+        held_out = {"test": fold - 1, "validation": fold % self.folds}
         count = len(self.images)
-        fold_of = [index * FOLDS // count for index in range(count)]
+        fold_of = [index * self.folds // count for index in range(count)]
         chosen = [
             index
             for index, fold in enumerate(fold_of)
@@ -97,26 +96,6 @@ class RealUltrasound(Ultrasound):
         ]
         self.images = [self.images[index] for index in chosen]
         self.masks = [self.masks[index] for index in chosen]
-
-
-class RealUltrasound1(RealUltrasound):
-    fold = 0
-
-
-class RealUltrasound2(RealUltrasound):
-    fold = 1
-
-
-class RealUltrasound3(RealUltrasound):
-    fold = 2
-
-
-class RealUltrasound4(RealUltrasound):
-    fold = 3
-
-
-class RealUltrasound5(RealUltrasound):
-    fold = 4
 
 
 def masks_in_colours(path: Path) -> np.ndarray:

@@ -46,6 +46,8 @@ class SegmentationDataset(ABC):
     """
 
     splits: ClassVar[tuple[str, ...]]
+    # How many folds there are. A dataset that has some gets one of them, from 1, as the fourth argument of `__init__`.
+    folds: ClassVar[int] = 0
     labels: Sequence[str]
     # What a person should know of what was found.
     notes: Sequence[str] = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sam_medical.common.choices import INTENSITY_FORMS
 from sam_medical.common.errors import UserError
 from sam_medical.data.decoding import Scan
 
@@ -29,10 +30,6 @@ ROBUST = (0.5, 99.5)
 AUTO, AUTO_CT, AUTO_PERCENTILE = "auto", "auto:ct", "auto:percentile"
 # How adapters saw their images that were made before there was a choice.
 LEGACY = "legacy"
-FORMS = (
-    "auto, window:40,400, three windows such as window:lung;soft-tissue;bone, percentile:0.5,99.5, min-max or "
-    "eight-bit"
-)
 # Air, and what is outside the field of view; no tissue and no other modality's background is there.
 AIR = (-1100.0, -900.0)
 PADDING = -1500.0
@@ -55,7 +52,7 @@ def parse_intensity(text: str) -> Intensity:
     """From the option.
 
     Raises:
-        UserError: if it is none of `FORMS`.
+        UserError: if it is none of `INTENSITY_FORMS`.
     """
     kind, _, rest = text.strip().lower().partition(":")
     if text in (AUTO, AUTO_CT, AUTO_PERCENTILE, LEGACY, "min-max", "eight-bit"):
@@ -69,7 +66,7 @@ def parse_intensity(text: str) -> Intensity:
         if 0 <= low < high <= 100:
             return Intensity(kind, ((low, high),))
     known = ", ".join(WINDOWS)
-    raise UserError(f"intensity is {text!r}, but it must be {FORMS}; the windows with a name are {known}.")
+    raise UserError(f"intensity is {text!r}, but it must be {INTENSITY_FORMS}; the windows with a name are {known}.")
 
 
 def is_intensity(text: str) -> bool:

@@ -18,8 +18,6 @@ from sam_medical.data.base import Sample, SegmentationDataset
 
 # Of resized training images, in all worker processes together; the rest of a larger dataset is read again each time.
 KEPT_BYTES = 2 * 1024**3
-FITS = ("stretch", "pad")
-LEAST_TILE = 8
 
 
 @dataclass(frozen=True)

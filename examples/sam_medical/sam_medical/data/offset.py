@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from sam_medical.common.choices import OFFSET_FORMS
 from sam_medical.common.errors import UserError
 from sam_medical.data.decoding import Scan
 
 AUTO, NONE, WRAPPED = "auto", "none", "wrapped"
 # How adapters saw their images that were made before the set decided.
 BY_IMAGE = "by-image"
-FORMS = "auto, none, wrapped or a number that was added, such as 1024 or 32768"
 # Where CT's values are if sixteen bits hold them without a sign.
 WRAPPED_FROM = 65536 - 3100
 HIGHEST_CT = 20000
@@ -35,9 +35,9 @@ def is_offset(text: str) -> bool:
 
 
 def check_offset(text: str) -> None:
-    """Raises a `UserError` if it is none of `FORMS`."""
+    """Raises a `UserError` if it is none of `OFFSET_FORMS`."""
     if not is_offset(text):
-        raise UserError(f"offset is {text!r}, but it must be {FORMS}.")
+        raise UserError(f"offset is {text!r}, but it must be {OFFSET_FORMS}.")
 
 
 def settle_offset(scans: Iterable[tuple[Scan, str]]) -> str:

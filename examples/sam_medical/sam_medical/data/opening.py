@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sam_medical.common.errors import UserError, first_line
-from sam_medical.data import DATASETS
+from sam_medical.data import DATASETS, dataset_and_fold
 from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.decoding import Scan
 from sam_medical.data.intensity import AUTO, AUTO_CT, settle
@@ -25,20 +25,37 @@ TRAINING_SPLITS = ("train", "validation", "test")
 
 
 def open_dataset(
-    name: str, root: str | None, split: str, labels: list[str] | None = None, reading: Reading | None = None
+    name: str,
+    root: str | None,
+    split: str,
+    labels: list[str] | None = None,
+    reading: Reading | None = None,
+    fold: int | None = None,
 ) -> SegmentationDataset:
     """One split of a dataset, with all of its labels or some of them.
 
+    Args:
+        name: The dataset's name in `DATASETS`.
+        root: The folder of its files.
+        split: One of its splits.
+        labels: The labels to keep, in this order; None for all.
+        reading: How its files are read.
+        fold: The fold, from 1, if the dataset has folds.
+
     Raises:
-        UserError: if the dataset, its folder, the split or a label does not exist, or the split holds no images.
+        UserError: if the dataset, its folder, the fold, the split or a label does not exist, or the split holds no
+            images.
     """
+    name, fold = dataset_and_fold(name, fold)
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(sorted(DATASETS))}.")
+        raise UserError(DATASETS.unknown(name))
     dataset_type = DATASETS[name]
+    check_fold(name, fold)
     if split not in dataset_type.splits:
         raise UserError(f"{name} has no split {split!r}; choose from {', '.join(dataset_type.splits)}.")
     try:
-        dataset = dataset_type(Path(root) if root else None, split, reading)
+        folder = Path(root) if root else None
+        dataset = dataset_type(folder, split, reading, *([] if fold is None else [fold]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{root} cannot be read as {name} ({first_line(error)}).") from error
     if not len(dataset):
@@ -51,8 +68,21 @@ def open_dataset(
     return dataset
 
 
+def check_fold(name: str, fold: int | None) -> None:
+    """Raises a `UserError` if a dataset has no such fold, or has folds and none is given."""
+    folds = DATASETS[name].folds
+    if fold is not None and not folds:
+        raise UserError(f"fold is {fold}, but {name} has no folds; leave it out.")
+    if folds and (fold is None or not 1 <= fold <= folds):
+        raise UserError(f"fold is {fold}, but {name} has {folds} folds; give --fold, from 1 to {folds}.")
+
+
 def open_splits(
-    name: str, root: str | None, labels: list[str] | None = None, reading: Reading | None = None
+    name: str,
+    root: str | None,
+    labels: list[str] | None = None,
+    reading: Reading | None = None,
+    fold: int | None = None,
 ) -> dict[str, SegmentationDataset]:
     """What a run needs: train, validation and test, all with the labels of train in its order.
 
@@ -60,8 +90,8 @@ def open_splits(
         UserError: as `open_dataset`.
     """
     first, *others = TRAINING_SPLITS
-    train = open_dataset(name, root, first, labels, reading)
-    rest = {split: open_dataset(name, root, split, list(train.labels), reading) for split in others}
+    train = open_dataset(name, root, first, labels, reading, fold)
+    rest = {split: open_dataset(name, root, split, list(train.labels), reading, fold) for split in others}
     return {first: train, **rest}
 
 

@@ -16,6 +16,7 @@ from sam_medical.common.errors import UserError
 from sam_medical.common.files import replacing_file
 from sam_medical.data.base import Sample
 
+SCORES_FILE = "scores.csv"
 # Outlines count as equal within this share of the image's diagonal.
 TOLERANCE = 0.01
 

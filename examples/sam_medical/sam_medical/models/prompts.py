@@ -20,9 +20,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sam_medical.models.backbone import Backbone
 
-# Of labels by name: from the text encoder, or a token that is learned.
-PROMPTS = ("text", "learned")
-
 
 class Prompts(NamedTuple):
     """Prompts for a batch of images.

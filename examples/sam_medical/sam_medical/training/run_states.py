@@ -28,7 +28,8 @@ from sam_medical.common.files import (
     refuse_link,
     unfinished_folder,
 )
-from sam_medical.options.options import TrainOptions
+from sam_medical.common.json_files import read_json
+from sam_medical.options.commands import TrainOptions
 from sam_medical.training.progress import Progress
 from sam_medical.training.run_state import (
     SHARED_FILES,
@@ -41,7 +42,6 @@ from sam_medical.training.run_state import (
     put_back,
     put_back_random,
     random_file,
-    read_json,
     unpack,
     unpack_random,
 )
@@ -61,6 +61,7 @@ FREE_OPTIONS = (
     "report_to",
     "resume",
     "overwrite",
+    "extensions",
 )
 
 

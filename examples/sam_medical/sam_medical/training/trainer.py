@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -24,239 +24,277 @@ from sam_medical.common.errors import UserError
 from sam_medical.common.files import replacing_folder, write_json
 from sam_medical.common.signals import Interruption
 from sam_medical.data.base import SegmentationDataset
-from sam_medical.data.loading import evaluation_loader, thinned, training_loader
+from sam_medical.data.loading import TrainingBatch, evaluation_loader, thinned, training_loader
 from sam_medical.evaluation.metrics import CRITERIA, score_labels
 from sam_medical.evaluation.prediction import evaluate
 from sam_medical.methods import METHODS
-from sam_medical.methods.method import Method
 from sam_medical.methods.tuning import count_trainable, parameter_groups
 from sam_medical.models.backbone import checkpoint_blocks
 from sam_medical.models.networks import has_batch_norm
-from sam_medical.options.options import TrainOptions
+from sam_medical.options.commands import TrainOptions
+from sam_medical.training.accelerator import start_tracking
 from sam_medical.training.losses import build_loss
-from sam_medical.training.process import start_tracking
 from sam_medical.training.progress import Progress
 from sam_medical.training.run_state import Training
 from sam_medical.training.run_states import GENERATIONS, Checkpoints, description_of_run, together
 
-# For curves, overlays and metrics, in bytes.
+HISTORY_FILE = "history.json"
+# Room on the disk for curves, overlays and metrics, in bytes.
 ROOM_BESIDE = 16 * 2**20
 
 
-def train(
-    accelerator: Accelerator,
-    tuned_model: nn.Module,
-    text_embeddings: Tensor | None,
-    splits: Mapping[str, SegmentationDataset],
-    data: Mapping[str, Mapping[str, Any]],
-    task: Task,
-    options: TrainOptions,
-    started: float,
-) -> tuple[Progress, int]:
-    """Trains to the last step, or to the first signal; keeps the adapter that was best on the validation images.
+@dataclass(frozen=True)
+class Run:
+    """What one training run is made of.
 
-    A model in which nothing learns is validated and kept as it is.
+    Attributes:
+        options: What was asked for.
+        task: What the adapter is for.
+        splits: The images: train, validation and test.
+        data: For each split its number of images and their digest, as `check_images` gives them.
+        text_embeddings: The labels' text embeddings, (K, D); None where no text prompts the model.
+        accelerator: The processes and devices.
+        started: When the run began, by `time.monotonic`.
+    """
 
-    Returns:
-        Where the run stands, and the number of the signal that stopped it, 0 if none did.
+    options: TrainOptions
+    task: Task
+    splits: Mapping[str, SegmentationDataset]
+    data: Mapping[str, Mapping[str, Any]]
+    text_embeddings: Tensor | None
+    accelerator: Accelerator
+    started: float
+
+    @property
+    def output(self) -> Path:
+        return Path(self.options.output_dir)
+
+
+class Trainer:
+    """Trains a model to the last step or to the first signal, and keeps the adapter that is best on validation.
+
+    Args:
+        run: What to train with.
+        model: The model, tuned as the run's method has it.
+
+    Attributes:
+        progress: Where the run stands.
 
     Raises:
-        UserError: if the run cannot be done or go on, its loss is no number, or the disk takes no more.
+        UserError: if the run cannot be done or go on.
     """
-    method = METHODS[task.method]
-    if has_batch_norm(tuned_model):
-        _check_batches(method, options, accelerator.num_processes)
-    run = description_of_run(options, task, data, accelerator.num_processes)
-    validation = Validation(accelerator, splits["validation"], text_embeddings, task, options)
-    if method.learns:
-        return _train_steps(accelerator, tuned_model, splits["train"], validation, run, options, started)
-    progress = Progress(step=options.steps)
-    validation.run(tuned_model.to(accelerator.device), progress)
-    progress.seconds = time.monotonic() - started
-    _write_history(accelerator, progress, Path(options.output_dir))
-    return progress, 0
 
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self.run = run
+        self.options, self.accelerator, self.output = run.options, run.accelerator, run.output
+        self.method = METHODS[run.task.method]
+        self.tuned_model = model
+        if has_batch_norm(model):
+            self._check_batches()
+        self._validation_images = self._load_validation_images()
+        self._started = run.started
+        self.progress = Progress()
+        if self.method.learns:
+            self._prepare_to_learn()
+        else:
+            self.model = model.to(self.accelerator.device)
 
-class Validation:
-    """Scores the validation images, and keeps the adapter whenever it is the best so far."""
+    def fit(self) -> int:
+        """Trains from where the run stands; returns the number of the signal that stopped it, 0 if none did.
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        dataset: SegmentationDataset,
-        text_embeddings: Tensor | None,
-        task: Task,
-        options: TrainOptions,
-    ) -> None:
-        images = thinned(dataset, options.validation_images)
-        loader = evaluation_loader(images, task.framing, options.batch_size, options.num_workers)
-        self._loader = accelerator.prepare(loader)
-        self._accelerator = accelerator
-        self._text_embeddings = text_embeddings
-        self._task = task
-        self._criterion = CRITERIA[options.choose_by]
-        self._output = Path(options.output_dir)
+        A model in which nothing learns is validated and kept as it is.
 
-    def run(self, model: nn.Module, progress: Progress) -> None:
-        accelerator, labels = self._accelerator, self._task.labels
-        masks = evaluate(accelerator, model, self._loader, labels, "validation")
-        scores = score_labels(masks, labels, self._task.absent)
-        dice = self._criterion(scores)
-        of_labels = {f"validation Dice of {label}": score.dice for label, score in scores.items()}
-        accelerator.log({"validation Dice": dice, **of_labels}, step=progress.step)
-        is_best = progress.add_validation(dice, scores)
+        Raises:
+            UserError: if the loss is no number, or the disk takes no more.
+        """
+        if not self.method.learns:
+            self._keep_as_it_is()
+            return 0
+        self.resume()
+        images = self._remaining_images()
+        start_tracking(self.accelerator, self.options)
+        self._announce()
+        with Interruption() as interruption, self._progress_bar() as bar:
+            for batch in images:
+                loss = self.step(batch)
+                if loss is None:  # more batches belong to this update
+                    continue
+                self._note(loss, bar)
+                is_validated = self._is_time_to_validate()
+                if is_validated:
+                    self.validate()
+                is_interrupted = self._is_interrupted(interruption)
+                if is_validated or is_interrupted:
+                    self.save()
+                if is_interrupted:
+                    return max(gather_object([interruption.number]))
+        return 0
+
+    def step(self, batch: TrainingBatch) -> float | None:
+        """Learns from one batch.
+
+        Returns:
+            None until `gradient_accumulation_steps` batches have made an update. Then the update's loss, the mean over
+            batches and processes.
+        """
+        accelerator = self.accelerator
+        self.model.train()
+        with accelerator.accumulate(self.model):
+            loss = self._loss_function(self.model(batch["images"], batch["masks"]), batch["masks"])
+            accelerator.backward(loss)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        self._losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+        if not accelerator.sync_gradients:
+            return None
+        self._scheduler.step()
+        mean = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        return mean
+
+    def validate(self) -> None:
+        """Scores the validation images, and saves the adapter if it is the best so far."""
+        accelerator, labels = self.accelerator, self.run.task.labels
+        scores = evaluate(accelerator, self.model, self._validation_images, labels, "validation")
+        by_label = score_labels(scores, labels, self.run.task.absent)
+        dice = CRITERIA[self.options.choose_by](by_label)
+        label_dice = {f"validation Dice of {label}": score.dice for label, score in by_label.items()}
+        accelerator.log({"validation Dice": dice, **label_dice}, step=self.progress.step)
+        is_best = self.progress.add_validation(dice, by_label)
         if is_best:
-            together(accelerator, self._output / "adapter", lambda: self._keep(model))
+            together(accelerator, self.output / "adapter", self._save_adapter)
 
-    def _keep(self, model: nn.Module) -> None:
-        if self._accelerator.is_main_process:
-            with replacing_folder(self._output / "adapter") as folder:
-                save_adapter(self._accelerator.unwrap_model(model), self._text_embeddings, self._task, folder)
+    def save(self) -> None:
+        """Saves the run's state, from which it can be resumed, and its history."""
+        self.progress.seconds = time.monotonic() - self._started
+        self._checkpoints.save(self.progress)
+        self._write_history()
 
+    def resume(self) -> None:
+        """Goes back to the newest state in the output folder, if there is one."""
+        self.progress = self._checkpoints.resume(self.options.steps) or Progress()
+        if self.progress.step:
+            self.accelerator.print(f"Going on after step {self.progress.step} of {self.options.steps}.")
+        self._started -= self.progress.seconds  # as if the run had never been interrupted
 
-def _check_batches(method: Method, options: TrainOptions, processes: int) -> None:
-    if options.batch_size < 2:
-        raise UserError(f"{method.title} normalises over the batch: give a batch_size of at least 2.")
-    if processes > 1:
-        raise UserError(f"{method.title} keeps statistics of its batches, each process its own: train it in one.")
+    def _check_batches(self) -> None:
+        """Raises a `UserError` if batches are too small, or shared out, for a model that normalises over them."""
+        title = self.method.title
+        if self.options.batch_size < 2:
+            raise UserError(f"{title} normalises over the batch: give a batch_size of at least 2.")
+        if self.accelerator.num_processes > 1:
+            raise UserError(f"{title} keeps statistics of its batches, each process its own: train it in one.")
 
+    def _load_validation_images(self) -> DataLoader:
+        options = self.options
+        images = thinned(self.run.splits["validation"], options.validation_images)
+        loader = evaluation_loader(images, self.run.task.framing, options.batch_size, options.num_workers)
+        return self.accelerator.prepare(loader)
 
-def _train_steps(
-    accelerator: Accelerator,
-    tuned_model: nn.Module,
-    dataset: SegmentationDataset,
-    validation: Validation,
-    run: dict[str, Any],
-    options: TrainOptions,
-    started: float,
-) -> tuple[Progress, int]:
-    """Goes on where the output folder's newest state is, and leaves one after each validation and at a signal."""
-    method, output = METHODS[options.method], Path(options.output_dir)
-    model, optimizer, scheduler = _prepare(accelerator, tuned_model, options)
-    training = Training(
-        model=accelerator.unwrap_model(model),
-        tuner=method.tuner,
-        optimizer=cast(Any, optimizer).optimizer,
-        scheduler=scheduler,
-        scaler=accelerator.scaler,
-        labels=list(dataset.labels),
-    )
-    if accelerator.is_main_process:
-        _check_space(output, training)
-    checkpoints = Checkpoints(accelerator, output, run, training)
-    progress = checkpoints.resume(options.steps) or Progress()
-    if progress.step:
-        accelerator.print(f"Going on after step {progress.step} of {options.steps}.")
-    started -= progress.seconds  # as if it had never been interrupted
-    loader = _rest_of_images(accelerator, dataset, options, progress.step)
-    start_tracking(accelerator, options)
+    def _prepare_to_learn(self) -> None:
+        """Makes the optimizer, its schedule, the loss, and the states on the disk."""
+        options, accelerator, run = self.options, self.accelerator, self.run
+        if options.gradient_checkpointing:
+            checkpoint_blocks(self.tuned_model)
+        if options.compile:
+            self.tuned_model.compile()
+        optimizer = AdamW(
+            parameter_groups(self.tuned_model, options.weight_decay, options.peak_learning_rate, options.value_rate)
+        )
+        self._scheduler = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
+        self.model, self._optimizer = accelerator.prepare(self.tuned_model, optimizer)
+        self._loss_function = build_loss(self.method.loss, options.focal_weight)
+        self._losses: list[float] = []  # of the batches of one update
+        training = Training(
+            model=accelerator.unwrap_model(self.model),
+            tuner=self.method.tuner,
+            optimizer=cast(Any, self._optimizer).optimizer,
+            scheduler=self._scheduler,
+            scaler=accelerator.scaler,
+            labels=list(run.splits["train"].labels),
+        )
+        if accelerator.is_main_process:
+            self._check_space(training.model)
+        description = description_of_run(options, run.task, run.data, accelerator.num_processes)
+        self._checkpoints = Checkpoints(accelerator, self.output, description, training)
 
-    accelerator.print(
-        f"{method.title}: training {count_trainable(tuned_model):,} values on {len(dataset)} images of "
-        f"{options.dataset} for {', '.join(dataset.labels)}, on {accelerator.device}."
-    )
-    bar = tqdm(total=options.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    loss_function = build_loss(method.loss, options.focal_weight)
-    with Interruption() as interruption, bar:
-        for loss in _losses(accelerator, model, optimizer, scheduler, loader, loss_function):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of step {progress.step + 1} is {loss}; give a lower learning_rate than "
-                    f"{options.peak_learning_rate:g}, or mixed_precision no."
-                )
-            progress.add_step(loss)
-            accelerator.log({"loss": loss, "rate": scheduler.get_last_lr()[-1]}, step=progress.step)
-            bar.update()
-            best = f"{progress.best_dice:.3f}" if progress.validations else "none yet"
-            bar.set_postfix(loss=f"{loss:.3f}", best_dice=best)
+    def _check_space(self, model: nn.Module) -> None:
+        """Raises a `UserError` if the disk has no room for the adapters and states that are there at a time."""
+        adapter = sum(tensor.nbytes for tensor in self.method.tuner.state(model).values())
+        moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        needed = 2 * adapter + (GENERATIONS + 1) * (adapter + moments) + ROOM_BESIDE
+        free = shutil.disk_usage(self.output).free
+        if free < needed:
+            raise UserError(
+                f"{self.output} has {free / 2**20:.0f} MiB free, and the run needs {needed / 2**20:.0f} MiB; make "
+                "room, or give another --output-dir."
+            )
 
-            is_time_to_validate = progress.step % options.validate_every == 0 or progress.step == options.steps
-            if is_time_to_validate:
-                validation.run(model, progress)
-            if interruption.number:
-                accelerator.set_trigger()
-            is_interrupted = accelerator.check_trigger()
-            if is_time_to_validate or is_interrupted:
-                progress.seconds = time.monotonic() - started
-                checkpoints.save(progress)
-                _write_history(accelerator, progress, output)
-            if is_interrupted:
-                return progress, max(gather_object([interruption.number]))
-    return progress, 0
+    def _remaining_images(self) -> DataLoader:
+        """The training images of the steps that are left."""
+        options = self.options
+        images_per_step = options.batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        loader = training_loader(
+            self.run.splits["train"],
+            options.framing,
+            options.batch_size,
+            options.augmentation,
+            options.seed,
+            first=self.progress.step * images_per_step,
+            last=options.steps * images_per_step,
+            num_workers=options.num_workers,
+        )
+        return self.accelerator.prepare(loader)
 
-
-def _check_space(output: Path, training: Training) -> None:
-    """Raises a `UserError` if the disk has no room for the adapters and states that are there at a time."""
-    adapter = sum(tensor.nbytes for tensor in training.tuner.state(training.model).values())
-    moments = sum(2 * parameter.nbytes for parameter in training.model.parameters() if parameter.requires_grad)
-    needed = 2 * adapter + (GENERATIONS + 1) * (adapter + moments) + ROOM_BESIDE
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise UserError(
-            f"{output} has {free / 2**20:.0f} MiB free, and the run needs {needed / 2**20:.0f} MiB; make room, or "
-            "give another --output-dir."
+    def _announce(self) -> None:
+        images = self.run.splits["train"]
+        self.accelerator.print(
+            f"{self.method.title}: training {count_trainable(self.tuned_model):,} values on {len(images)} images of "
+            f"{self.options.dataset} for {', '.join(images.labels)}, on {self.accelerator.device}."
         )
 
+    def _progress_bar(self) -> tqdm:
+        is_silent = not self.accelerator.is_main_process
+        return tqdm(total=self.options.steps, initial=self.progress.step, unit="step", disable=is_silent)
 
-def _write_history(accelerator: Accelerator, progress: Progress, output: Path) -> None:
-    def write() -> None:
-        if accelerator.is_main_process:
-            write_json(output / "history.json", progress.history)
+    def _note(self, loss: float, bar: tqdm) -> None:
+        """Counts a step, and tells the tracker and the terminal of it; a loss that is no number ends the run."""
+        progress = self.progress
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {progress.step + 1} is {loss}; give a lower learning_rate than "
+                f"{self.options.peak_learning_rate:g}, or mixed_precision no."
+            )
+        progress.add_step(loss)
+        self.accelerator.log({"loss": loss, "rate": self._scheduler.get_last_lr()[-1]}, step=progress.step)
+        bar.update()
+        best = f"{progress.best_dice:.3f}" if progress.validations else "none yet"
+        bar.set_postfix(loss=f"{loss:.3f}", best_dice=best)
 
-    together(accelerator, output / "history.json", write)
+    def _is_time_to_validate(self) -> bool:
+        return self.progress.step % self.options.validate_every == 0 or self.progress.step == self.options.steps
 
+    def _is_interrupted(self, interruption: Interruption) -> bool:
+        """Whether a signal has come to any of the processes."""
+        if interruption.number:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
-def _prepare(
-    accelerator: Accelerator, tuned_model: nn.Module, options: TrainOptions
-) -> tuple[nn.Module, Optimizer, LRScheduler]:
-    if options.gradient_checkpointing:
-        checkpoint_blocks(tuned_model)
-    if options.compile:
-        tuned_model.compile()
-    optimizer = AdamW(
-        parameter_groups(tuned_model, options.weight_decay, options.peak_learning_rate, options.value_rate)
-    )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
-    return *accelerator.prepare(tuned_model, optimizer), scheduler
+    def _keep_as_it_is(self) -> None:
+        self.progress.step = self.options.steps
+        self.validate()
+        self.progress.seconds = time.monotonic() - self._started
+        self._write_history()
 
+    def _save_adapter(self) -> None:
+        if self.accelerator.is_main_process:
+            with replacing_folder(self.output / "adapter") as folder:
+                model = self.accelerator.unwrap_model(self.model)
+                save_adapter(model, self.run.text_embeddings, self.run.task, folder)
 
-def _rest_of_images(
-    accelerator: Accelerator, dataset: SegmentationDataset, options: TrainOptions, step: int
-) -> DataLoader:
-    """The images of the steps that are left."""
-    images_a_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-    loader = training_loader(
-        dataset,
-        options.framing,
-        options.batch_size,
-        options.augmentation,
-        options.seed,
-        first=step * images_a_step,
-        last=options.steps * images_a_step,
-        num_workers=options.num_workers,
-    )
-    return accelerator.prepare(loader)
+    def _write_history(self) -> None:
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                write_json(self.output / HISTORY_FILE, self.progress.history)
 
-
-def _losses(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    loader: Iterable[Mapping[str, Tensor]],
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-) -> Iterator[float]:
-    """Takes the optimizer's steps one by one, and yields each one's loss, the mean over batches and processes."""
-    losses = []
-    for batch in loader:
-        model.train()
-        with accelerator.accumulate(model):
-            loss = loss_function(model(batch["images"], batch["masks"]), batch["masks"])
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
-        if accelerator.sync_gradients:
-            scheduler.step()
-            yield sum(losses) / len(losses)
-            losses.clear()
+        together(self.accelerator, self.output / HISTORY_FILE, write)

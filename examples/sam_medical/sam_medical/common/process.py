@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType
 from transformers.utils import logging
 
 from sam_medical.common.errors import UserError
-from sam_medical.options.options import TrainOptions
 
 
 def prepare_process() -> None:
-    """Numbers too small for float32's full precision become zero, since CPUs compute with them many times slower; and
-    transformers loads without progress bars between our own."""
+    """Rounds denormal numbers to zero, since CPUs compute many times slower with them, and keeps libraries quiet."""
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
     # The name that accelerate and older versions of torch know; newer ones repeat at each start that it has another.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
     # MONAI's metrics call their own functions in a way that MONAI has deprecated.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-
-
-def make_accelerator(options: TrainOptions) -> Accelerator:
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if options.report_to is not None and options.report_to not in available:
-        raise UserError(
-            f"report_to {options.report_to!r} is no tracker that accelerate finds here; install its package, or give "
-            f"one of {', '.join(available) or 'none: no tracker is installed'}."
-        )
-    try:
-        return Accelerator(
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            log_with=options.report_to,
-            project_dir=options.output_dir,
-            # The only buffers are constants, the same in every process.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except ValueError as error:
-        raise UserError(f"mixed_precision {options.mixed_precision!r} cannot be had here: {error}") from error
-
-
-def start_tracking(accelerator: Accelerator, options: TrainOptions) -> None:
-    """Tells the tracker, if there is one, what is run."""
-    if options.report_to is not None:
-        plain = {
-            name: value if isinstance(value, (int, float)) else str(value) for name, value in asdict(options).items()
-        }
-        accelerator.init_trackers("ssam", config=plain)
 
 
 def check_processes(accelerator: Accelerator) -> None:

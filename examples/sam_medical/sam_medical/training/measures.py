@@ -1,0 +1,72 @@
+"""What a run measures of itself: versions, machine, images, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sam_medical.data.base import SegmentationDataset
+from sam_medical.data.survey import Survey
+
+PACKAGES = ("svdtune", "torch", "peft", "transformers", "accelerate", "monai", "numpy")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The versions of what computes, and where."""
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "machine": machine}
+
+
+def check_images(
+    splits: Mapping[str, SegmentationDataset], surveys: Mapping[str, Survey] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Reads every image and mask once, so that a bad file is found before training starts; surveys count on the way.
+
+    Returns:
+        For each split how many images it has, and sixteen hexadecimal digits that stand for their names, pixels and
+        masks.
+    """
+    summary = {}
+    bar = tqdm(desc="checking the images", total=sum(map(len, splits.values())), unit="image", leave=False)
+    with bar, ThreadPoolExecutor() as pool:
+        for split, dataset in splits.items():
+            digest = hashlib.sha256()
+            for line in pool.map(partial(_line, dataset, (surveys or {}).get(split)), range(len(dataset))):
+                digest.update(line.encode())
+                bar.update()
+            summary[split] = {"images": len(dataset), "hash": digest.hexdigest()[:16]}
+    return summary
+
+
+def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> str:
+    sample = dataset[index]
+    if survey is not None:
+        survey.add(sample)
+        survey.look_at(dataset.scan(index), dataset.reading)
+    digest = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes())
+    digest.update(np.packbits(sample.masks).tobytes())
+    return f"{sample.name} {sample.masks.shape} {digest.hexdigest()}\n"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that the GPU had allocated, or on the CPU that the process had resident; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
