@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sam_medical.cli import evaluate, predict, train
+from sam_medical.data import DATASETS
 from sam_medical.evaluation import scoring
 from sam_medical.evaluation.metrics import read_scores
+from sam_medical.methods import METHODS
 from sam_medical.training.progress import Progress
 from sam_medical.training.record import RunRecord
 
@@ -414,3 +416,38 @@ def test_volumes_are_trained_on_and_segmented_where_they_lie_in_space(run, optio
     # What evaluation has counted in the slices of this patient, which is in the test.
     predicted = [score.predicted for score in read_scores(tmp_path / "run" / "scores.csv")][:3]
     assert np.asarray(mask.dataobj).sum((0, 1)).tolist() == predicted
+
+
+EXTENSION = """
+from dataclasses import replace
+
+from sam_medical.data import DATASETS
+from sam_medical.methods import METHODS
+
+SLIM = replace(METHODS["s-sam"], title="Slim S-SAM")
+DATASETS.register("clinic", type("Clinic", (DATASETS["glas"],), {}))
+"""
+
+
+def test_a_method_and_a_dataset_of_ones_own_go_through_every_command(run, options, tmp_path, monkeypatch, refused):
+    (tmp_path / "my_extension.py").write_text(EXTENSION)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("sam_medical.common.registry.EXTENSIONS", set())
+    for registry in (DATASETS, METHODS):
+        monkeypatch.setattr(registry, "_values", {**registry._values})
+    own = {**options, "dataset": "clinic", "method": "my_extension:SLIM"}
+    run(train, **own, extensions="my_extension")
+    adapter = tmp_path / "run" / "adapter"
+    assert read_json(adapter / "task.json")["method"] == "my_extension:SLIM"
+    arguments = ["--adapter", adapter, "--data_root", options["data_root"], "--output", tmp_path / "scores.json"]
+    command = [sys.executable, SCRIPTS / "evaluate.py", *arguments]
+    # A process that has not imported the module does not import it because a file names it.
+    alone = subprocess.run(command, capture_output=True, text=True)
+    assert alone.returncode == 2 and "if you trust its code, give --extensions my_extension" in alone.stderr
+    assert len([line for line in alone.stderr.splitlines() if line.startswith("error: ")]) == 1
+    subprocess.run([*command, "--extensions", "my_extension"], check=True, capture_output=True)
+    assert read_json(tmp_path / "scores.json")["test"] == read_json(tmp_path / "run" / "metrics.json")["test"]
+    with refused("unknown dataset 'clinics'; choose from brain-mri, "):
+        run(train, **{**options, "dataset": "clinics", "output_dir": tmp_path / "none"})
+    sys.modules.pop("my_extension")

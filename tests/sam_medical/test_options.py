@@ -9,14 +9,13 @@ import pytest
 
 from medical_gradient_shares import GradientOptions
 from sam_medical.common import choices
+from sam_medical.common.choices import PROMPTS
 from sam_medical.common.errors import UserError
-from sam_medical.common.registry import EXTENSIONS
 from sam_medical.data import DATASETS
 from sam_medical.data.augmentation import AUGMENTATIONS
 from sam_medical.data.geometry import PLANES, STORED
 from sam_medical.evaluation.metrics import CRITERIA
 from sam_medical.methods import METHODS
-from sam_medical.common.choices import PROMPTS
 from sam_medical.options.checks import choices_of
 from sam_medical.options.commands import CompareOptions, EvaluateOptions, InspectOptions, PredictOptions, TrainOptions
 from sam_medical.options.parsing import parse_options
@@ -129,9 +128,11 @@ def module(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("sam_medical.common.registry.EXTENSIONS", set())
+    for registry in (DATASETS, METHODS):
+        monkeypatch.setattr(registry, "_values", {**registry._values})
     yield name
     sys.modules.pop(name, None)
-    EXTENSIONS.discard(name)
 
 
 def test_extensions_are_imported_before_options_are_checked(module):

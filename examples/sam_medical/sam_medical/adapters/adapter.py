@@ -12,11 +12,9 @@ from sam_medical.adapters.model_card import model_card
 from sam_medical.adapters.task import ADVICE, TEXT_FILE, Task, read_task, write_task
 from sam_medical.common.errors import UserError
 from sam_medical.common.files import naming, whole_folder, write_tensors
-from sam_medical.common.registry import is_place
 from sam_medical.common.tensors import read_tensors
 from sam_medical.common.values import shortened
 from sam_medical.methods import METHODS
-from sam_medical.models import BACKBONES
 from svdtune.learned import in_present_format
 
 
@@ -39,8 +37,7 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
 
     Args:
         folder: The folder that `save_adapter` filled.
-        backbone: Where the pretrained weights are, if no longer where the adapter was trained. It may be the place of
-            a class, which is imported.
+        backbone: Where the pretrained weights are, if no longer where the adapter was trained.
 
     Raises:
         UserError: if files are missing or damaged, or the base model is another one.
@@ -50,8 +47,6 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
     tuner = METHODS[task.method].tuner
     text_embeddings = read_text_embeddings(folder / TEXT_FILE, len(task.labels)) if task.uses_text else None
     state = in_present_format(read_tensors(folder / tuner.weights_file))
-    if backbone is not None and is_place(backbone):
-        BACKBONES.find(backbone)
     model, target_modules, task = build_untuned(replace(task, backbone=backbone or task.backbone), text_embeddings)
     return tuner.restore(model, target_modules, folder, state).eval(), task
 

@@ -1,4 +1,4 @@
-"""What is published without the places of the machine that made it."""
+"""Options and messages without the places of the machine, for what is published."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sam_medical.common.paths import own_name
 from sam_medical.options.commands import CompareOptions
 
 DATA, RUNS, HOME, HOST = "DATA", "RUNS", "HOME", "HOST"
-# What says where and how a comparison was run, and not what it compares.
+# Options that say where and how a comparison was run, and not what it compares.
 OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "extensions")
 _IN_A_PATH = r"[^\s'\"`:;,()\[\]]"
 # From a root or a drive through at least one folder; the last name is kept. The slashes of an address are not meant.

@@ -98,18 +98,18 @@ def _row(results: Results, method: str) -> Row | None:
     seeds = results.done_seeds(method)
     if not seeds:
         return None
-    cells = [cell for of_seed in seeds.values() for cell in of_seed]
+    cells = [cell for seed_cells in seeds.values() for cell in seed_cells]
     runs = [results.runs[cell] for cell in cells]
     memory = [run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None]
-    of_seeds = [score_labels(results.scores(of_seed), results.labels) for of_seed in seeds.values()]
-    means = {str(seed): mean_scores(scores) for seed, scores in zip(seeds, of_seeds, strict=True)}
+    by_seed = [score_labels(results.scores(seed_cells), results.labels) for seed_cells in seeds.values()]
+    means = {str(seed): mean_scores(scores) for seed, scores in zip(seeds, by_seed, strict=True)}
     return Row(
         method=method,
         cells=cells,
-        dice_of_seeds=[mean_dice(scores) for scores in of_seeds],
+        dice_of_seeds=[mean_dice(scores) for scores in by_seed],
         scores=results.scores(cells),
         labels=mean_scores(means),
-        by_label={label: float(np.mean([scores[label].dice for scores in of_seeds])) for label in results.labels},
+        by_label={label: float(np.mean([scores[label].dice for scores in by_seed])) for label in results.labels},
         trained=runs[0].trainable_parameters if METHODS[method].learns else 0,
         seconds=float(np.median([run.seconds for run in runs])),
         memory=float(np.median(memory)) if len(memory) == len(runs) else None,

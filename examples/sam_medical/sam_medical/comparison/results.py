@@ -1,4 +1,4 @@
-"""What a comparison has found: all that its tables and curves are made from, wherever it was read."""
+"""The results of a comparison, from which its tables and curves are made, wherever they were read."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class RunResult:
     """What one finished run gave.
 
     Attributes:
-        best_dice, best_step: Of the validation that chose the adapter.
+        best_dice, best_step: The validation that chose the adapter.
         test_dice: The paper's average over the test images.
         trainable_parameters: How many values learn.
-        seconds: Of training.
+        seconds: Time of training.
         peak_memory_bytes: None where the system does not tell.
         processes: How many trained together.
         environment: Versions and device.
-        scores: Of each test image and label, in the dataset's order.
-        history: Its course, step by step.
+        scores: The scores of each test image and label, in the dataset's order.
+        history: The run's course, step by step.
     """
 
     best_dice: float
@@ -107,7 +107,7 @@ class Results:
         return {seed: cells for seed, cells in by_seed.items() if all(cell in self.runs for cell in cells)}
 
     def scores(self, cells: Iterable[Cell]) -> list[MaskScore]:
-        """Of all images that these cells were tested on."""
+        """The scores of all images that these cells were tested on."""
         return [score for cell in cells for score in self.runs[cell].scores]
 
 

@@ -1,4 +1,4 @@
-"""What segmentations are judged by: overlap in the ways that papers count it, distance of outlines, false alarms."""
+"""Scores of segmentations: overlap as papers count it, distance of outlines, false alarms."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class LabelScores:
 def score_masks(
     sample: Sample, labels: Sequence[str], predicted: np.ndarray, distances: bool = False
 ) -> list[MaskScore]:
-    """One `MaskScore` a label.
+    """One `MaskScore` per label.
 
     Args:
         sample: The image, with its true masks.
@@ -106,8 +106,8 @@ def score_labels(
 ) -> dict[str, LabelScores]:
     """Each label's scores; those of ``absent`` are of labels that no training image had."""
     scores = list(scores)
-    of_label = {label: _score([score for score in scores if score.label == label]) for label in labels}
-    return {label: replace(score, trained=label not in absent) for label, score in of_label.items()}
+    label_scores = {label: _score([score for score in scores if score.label == label]) for label in labels}
+    return {label: replace(score, trained=label not in absent) for label, score in label_scores.items()}
 
 
 def mean_dice(scores: dict[str, LabelScores]) -> float:
@@ -121,7 +121,7 @@ def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
     return mean_dice(scores) if pooled is None else pooled
 
 
-# By what the best adapter is chosen on the validation images.
+# The scores by which the best adapter may be chosen on the validation images.
 CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {
     "pooled-dice": mean_pooled_dice,
     "dice": mean_dice,

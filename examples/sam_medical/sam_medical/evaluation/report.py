@@ -21,35 +21,36 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 SMOOTHING = 0.9
-# Of a picture's longer side: no panel has more pixels.
+# The most pixels of a panel's longer side.
 MOST_SHOWN = 1000
-# Of the shorter side to the longer one; thinner pictures are drawn wider than they are.
+# The least ratio of the shorter side to the longer one. Thinner pictures are drawn wider than they are.
 LEAST_ASPECT = 0.2
 COLUMNS_BESIDE_DICE = ("present", "pooled", "IoU", "HD95", "surface Dice", "false alarms")
 COLUMNS = ("label", "Dice", "95 % interval", *COLUMNS_BESIDE_DICE, "images with it")
 
 
 def score_table(
-    scores: Mapping[str, LabelScores], masks: Sequence[MaskScore]
+    by_label: Mapping[str, LabelScores], scores: Sequence[MaskScore]
 ) -> tuple[Sequence[str], list[list[str]]]:
     """Columns and rows: each label's scores, and their averages.
 
     Args:
-        scores: Of each label.
-        masks: What they were taken from, for the intervals.
+        by_label: The scores of each label.
+        scores: The scores of each image and label, from which the intervals are taken.
     """
     rows = []
-    for label, score in scores.items():
-        dice = dice_by_case(mask for mask in masks if mask.label == label)
-        present = f"{score.images_present} of {score.images}"
-        rows.append([label, *_cells(score.dice, dice, score), present])
-    average = mean_scores(scores)
-    rows.append(["mean", *_cells(average.dice, dice_by_case(_of_trained(masks, scores)), average), ""])
+    for label, label_scores in by_label.items():
+        dice = dice_by_case(score for score in scores if score.label == label)
+        present = f"{label_scores.images_present} of {label_scores.images}"
+        rows.append([label, *_cells(label_scores.dice, dice, label_scores), present])
+    average = mean_scores(by_label)
+    rows.append(["mean", *_cells(average.dice, dice_by_case(_trained(scores, by_label)), average), ""])
     return COLUMNS, rows
 
 
-def _of_trained(masks: Sequence[MaskScore], scores: Mapping[str, LabelScores]) -> list[MaskScore]:
-    return [mask for mask in masks if scores[mask.label].trained]
+def _trained(scores: Sequence[MaskScore], by_label: Mapping[str, LabelScores]) -> list[MaskScore]:
+    """The scores of labels that some training image had."""
+    return [score for score in scores if by_label[score.label].trained]
 
 
 def _cells(dice: float, dice_of_cases: Mapping[str, Case], score: LabelScores) -> list[str]:
@@ -68,15 +69,15 @@ def format_interval(bounds: tuple[float, float] | None) -> str:
     return "-" if bounds is None else f"{bounds[0]:.3f} - {bounds[1]:.3f}"
 
 
-def format_table(scores: Mapping[str, LabelScores], masks: Sequence[MaskScore]) -> str:
+def format_table(by_label: Mapping[str, LabelScores], scores: Sequence[MaskScore]) -> str:
     """The scores as a table for the terminal."""
-    columns, rows = score_table(scores, masks)
+    columns, rows = score_table(by_label, scores)
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [columns, *rows]
     ]
-    untrained = [label for label, score in scores.items() if not score.trained]
+    untrained = [label for label, score in by_label.items() if not score.trained]
     if untrained:
         lines.append(f"Not in any training image, and not in the mean: {', '.join(untrained)}.")
     return "\n".join(lines)
@@ -106,11 +107,11 @@ def format_difference(comparison: Comparison) -> str:
     return f"{comparison.difference:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f})"
 
 
-def scores_as_json(scores: dict[str, LabelScores], masks: Sequence[MaskScore]) -> dict[str, Any]:
+def scores_as_json(by_label: dict[str, LabelScores], scores: Sequence[MaskScore]) -> dict[str, Any]:
     return {
-        "mean_dice": mean_dice(scores),
-        "mean_dice_interval": interval(dice_by_case(_of_trained(masks, scores)).values()),
-        "labels": {label: asdict(score) for label, score in scores.items()},
+        "mean_dice": mean_dice(by_label),
+        "mean_dice_interval": interval(dice_by_case(_trained(scores, by_label)).values()),
+        "labels": {label: asdict(score) for label, score in by_label.items()},
     }
 
 
@@ -129,13 +130,13 @@ def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]
 
 
 def draw_overlays(predictions: Iterable[tuple[Sample, np.ndarray]], labels: Sequence[str], folder: Path) -> None:
-    """One PNG a sample, by its name: the image, its true masks and the predicted ones."""
+    """One PNG per sample, by its name: the image, its true masks and the predicted ones."""
     for sample, predicted in predictions:
         _draw_overlay(sample, predicted, labels, folder / f"{sample.name}.png")
 
 
 def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Sequence[str]]], path: Path) -> None:
-    """One PNG: a row of samples a split, with their true masks.
+    """One PNG: a row of samples per split, with their true masks.
 
     Args:
         samples_of_split: The samples of each split, and the labels of their masks.
@@ -158,7 +159,7 @@ def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Se
 def draw_grid(
     samples: Sequence[Sample], columns: Mapping[str, Sequence[np.ndarray]], labels: Sequence[str], path: Path
 ) -> None:
-    """One PNG: a row of panels a sample, the image and then each column's masks (K, H, W) on it."""
+    """One PNG: a row of panels per sample, the image and then each column's masks (K, H, W) on it."""
     width = len(columns) + 1
     figure, axes = plt.subplots(
         len(samples), width, figsize=(2 * width, 2 * len(samples) + 0.6), squeeze=False, constrained_layout=True

@@ -47,21 +47,21 @@ def score_adapter(options: EvaluateOptions) -> None:
     check_processes(accelerator)
     loader = accelerator.prepare(evaluation_loader(dataset, task.framing, options.batch_size))
     model = model.to(accelerator.device)
-    masks = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
+    scores = evaluate(accelerator, model, loader, task.labels, options.split, distances=True)
     if accelerator.is_main_process:
-        scores = score_labels(masks, task.labels, task.absent)
-        print(format_table(scores, masks))
+        by_label = score_labels(scores, task.labels, task.absent)
+        print(format_table(by_label, scores))
         if options.output:
-            content = {options.split: scores_as_json(scores, masks), "adapter": options.adapter}
+            content = {options.split: scores_as_json(by_label, scores), "adapter": options.adapter}
             write_json(Path(options.output), content)
         if options.csv:
-            write_table(*score_table(scores, masks), Path(options.csv))
+            write_table(*score_table(by_label, scores), Path(options.csv))
         if options.markdown:
-            write_text(Path(options.markdown), markdown_table(*score_table(scores, masks)))
+            write_text(Path(options.markdown), markdown_table(*score_table(by_label, scores)))
         if options.scores:
-            write_scores(masks, Path(options.scores))
+            write_scores(scores, Path(options.scores))
         if options.against:
-            print(format_comparison(compare(masks, other), options.against))
+            print(format_comparison(compare(scores, other), options.against))
         if options.overlays:
             images = evaluation_loader(dataset, task.framing, batch_size=1)
             draw_overlays(predict_masks(model, images), task.labels, Path(options.overlays))

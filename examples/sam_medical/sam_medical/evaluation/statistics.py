@@ -1,6 +1,6 @@
-"""How sure a score is, and whether one method is better than another: by scipy, over what is independent.
+"""How sure a score is, and whether one method is better than another, by scipy.
 
-That is patients, volumes or videos where the dataset tells them apart, and otherwise images.
+Independent cases are counted: patients, volumes or videos where the dataset tells them apart, otherwise images.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one method's Dice with another's, case by case.
+    """One method's Dice compared with another's, case by case.
 
     Attributes:
         difference: Mean over images of the first's Dice less the other's.
         low, high: Bootstrap interval of the difference; None for a single case.
-        p_value: Of a two-sided paired permutation test of the mean difference; 1 for a single case.
+        p_value: The p value of a two-sided paired permutation test of the mean difference; 1 for a single case.
         cases: How many both have.
     """
 
@@ -40,7 +40,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """What is drawn or flipped as one.
+    """A patient, volume, video or image, which is drawn or flipped as one.
 
     Attributes:
         total: The sum over its images of each one's Dice, or difference of Dice.
@@ -89,7 +89,7 @@ def compare(scores: Sequence[MaskScore], other: Sequence[MaskScore]) -> Comparis
     Raises:
         UserError: if they are not of the same images and labels.
     """
-    mine, theirs = ({(score.image, score.label) for score in of} for of in (scores, other))
+    mine, theirs = ({(score.image, score.label) for score in evaluation} for evaluation in (scores, other))
     if mine != theirs:
         image, label = sorted(mine ^ theirs)[0]
         raise UserError(

@@ -16,4 +16,5 @@ BACKBONES: Registry[type[Backbone]] = Registry(
         "lite-medsam": "sam_medical.models.lite_medsam:LiteMedSam",
         "sam": "sam_medical.models.sam:Sam",
     },
+    has="encode",
 )

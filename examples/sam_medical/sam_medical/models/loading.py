@@ -31,9 +31,7 @@ def _class_of(name: str) -> type[Backbone]:
     if name in BACKBONES:
         return BACKBONES[name]
     if is_place(name):
-        raise UserError(
-            f"the backbone {name} is code outside this package; if you trust it, give --backbone {name} yourself."
-        )
+        raise UserError(BACKBONES.unknown(name))
     path = Path(name)
     if path.is_file():
         return BACKBONES["sam"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sam_medical.common.errors import UserError
 from sam_medical.data import DATASETS, dataset_and_fold
 from sam_medical.methods import METHODS
+from sam_medical.models import BACKBONES
 from sam_medical.options.checks import check_values, require, require_file_to_be, require_folder_to_be
 from sam_medical.options.groups import (
     DATASET_HELP,
@@ -140,7 +141,9 @@ class EvaluateOptions(ExtensionOptions):
         None, "Another method's scores of each image, its run's scores.csv, to test the difference."
     )
     overlays: str | None = option(None, "Folder for pictures of the images with true and predicted masks.")
-    backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
+    backbone: str | None = option(
+        None, "Where the pretrained weights are, if not where the adapter was trained.", BACKBONES
+    )
     batch_size: int = option(4, "Images per step.")
 
     def __post_init__(self) -> None:
@@ -162,7 +165,9 @@ class PredictOptions(ExtensionOptions):
     largest_component: bool = option(False, "Keep only the largest connected part of each label.")
     probabilities: bool = option(False, "Write each label's probabilities, too.")
     report: str | None = option(None, "File for what was found in each image, as JSON.")
-    backbone: str | None = option(None, "Where the pretrained weights are, if not where the adapter was trained.")
+    backbone: str | None = option(
+        None, "Where the pretrained weights are, if not where the adapter was trained.", BACKBONES
+    )
     batch_size: int = option(4, "Images per step.")
 
     def __post_init__(self) -> None:

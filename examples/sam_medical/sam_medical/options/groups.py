@@ -17,6 +17,7 @@ from sam_medical.common.choices import (
 )
 from sam_medical.common.registry import Registry
 from sam_medical.data import DATASETS
+from sam_medical.models import BACKBONES
 
 if TYPE_CHECKING:
     from sam_medical.data.loading import Framing
@@ -93,7 +94,9 @@ class BaseModelOptions:
     """The pretrained parts of a model."""
 
     backbone: str = option(
-        "lite-medsam", "lite-medsam; hub name or folder of a SamModel; or a segment-anything .pth file."
+        "lite-medsam",
+        "lite-medsam; hub name or folder of a SamModel; a segment-anything .pth file; or package.module:CLASS.",
+        BACKBONES,
     )
     text_encoder: str = option("minilm", "minilm; or hub name or folder of a CLIP, as openai/clip-vit-base-patch32.")
 

@@ -5,6 +5,7 @@ The parser is argparse's. transformers has one for dataclasses too, but its impo
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from dataclasses import fields
@@ -16,10 +17,11 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import yaml
 
 from sam_medical.common.errors import UserError
-from sam_medical.common.registry import Registry, import_extensions
+from sam_medical.common.registry import Registry, import_extensions, is_place
 from sam_medical.common.values import shortened
 from sam_medical.options.checks import check_values
 
+PACKAGE = Path(__file__).parents[1]
 T = TypeVar("T")
 
 LARGEST_CONFIG = 2**20  # bytes
@@ -43,7 +45,7 @@ def parse_options(options_type: type[T], arguments: list[str] | None = None) -> 
     parser = _parser(options_type)
     typed = vars(parser.parse_known_args(arguments)[0])
     if typed["config"] is not None:
-        parser.set_defaults(**_read_yaml(Path(typed["config"]), options_type, parser))
+        parser.set_defaults(**_read_yaml(_config_path(typed["config"]), options_type, parser))
     namespace = vars(parser.parse_args(arguments))
     namespace.pop("config")
     import_extensions(typed.get("extensions") or [])
@@ -51,7 +53,7 @@ def parse_options(options_type: type[T], arguments: list[str] | None = None) -> 
         registry: Registry | None = f.metadata.get("registry")
         if registry is not None and typed[f.name] is not None:
             for name in typed[f.name].split(","):
-                if ":" in name:
+                if is_place(name.strip()):
                     registry.find(name.strip())
     options = options_type(**namespace)
     check_values(options)
@@ -91,7 +93,9 @@ def _parser(options_type: type) -> _Parser:
         parser.add_argument(
             *spellings, default=f.default, help=f.metadata.get("help"), **_argument_of(hints[f.name], f.name)
         )
-    parser.add_argument("--config", help="YAML file of these options; the command line goes before it.")
+    parser.add_argument(
+        "--config", help="YAML file of these options, or the name of one that is shipped, as demo; flags override it."
+    )
     return parser
 
 
@@ -145,6 +149,13 @@ def _read_yaml(path: Path, options_type: type, parser: ArgumentParser) -> dict[s
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return {key: parsed[key] for key in content}
+
+
+def _config_path(name: str) -> Path:
+    """A file, or by its bare name one of the configurations that come with the package."""
+    shipped = [folder / f"{name}.yaml" for folder in (PACKAGE / "configs", PACKAGE.parent / "configs")]
+    is_bare = re.fullmatch(r"[\w-]+", name) is not None and not Path(name).exists()
+    return next((path for path in shipped if is_bare and path.is_file()), Path(name))
 
 
 def _load_yaml(path: Path) -> Any:

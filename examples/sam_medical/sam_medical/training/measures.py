@@ -22,7 +22,7 @@ PACKAGES = ("svdtune", "torch", "peft", "transformers", "accelerate", "monai", "
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The versions of what computes, and where."""
+    """The versions of Python and of the packages, and the device."""
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

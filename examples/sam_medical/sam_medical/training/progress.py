@@ -16,11 +16,11 @@ class Progress:
 
     Attributes:
         step: Updates so far.
-        seconds: That it has run, all its parts together.
-        best_dice, best_step: Of the best validation; minus infinity before the first.
-        losses: Of every step.
-        validations: Of every validation the step and the Dice.
-        label_scores: Of every validation the scores by label.
+        seconds: How long it has run, all its parts together.
+        best_dice, best_step: The best validation's; minus infinity before the first.
+        losses: Every step's loss.
+        validations: Every validation's step and Dice.
+        label_scores: Every validation's scores by label.
     """
 
     step: int = 0
@@ -67,15 +67,15 @@ class Progress:
         _require(is_number(content["seconds"]) and content["seconds"] >= 0, "seconds")
         _require(isinstance(losses, list) and len(losses) == step and all(map(is_number, losses)), "losses")
         _require(isinstance(validations, list) and all(map(_is_validation, validations)), "validations")
-        _require(all(1 <= of_step <= step for of_step, _ in validations), "validations")
+        _require(all(1 <= validated <= step for validated, _ in validations), "validations")
         scores = content["label_scores"]
         _require(isinstance(scores, list) and len(scores) == len(validations), "label_scores")
-        _require(all(_are_scores(of_labels, labels) for of_labels in scores), "label_scores")
+        _require(all(_are_scores(by_label, labels) for by_label in scores), "label_scores")
         _require(is_whole(content["best_step"]), "best_step")
         # The first of equals, as `add_validation` has it.
         best_step, best_dice = max(validations, key=lambda pair: pair[1], default=(0, None))
         _require((content["best_dice"], content["best_step"]) == (best_dice, best_step), "best_dice or best_step")
-        pairs = [(of_step, dice) for of_step, dice in validations]
+        pairs = [(validated, dice) for validated, dice in validations]
         best = float("-inf") if best_dice is None else best_dice
         return cls(**{**content, "validations": pairs, "best_dice": best})
 
@@ -89,13 +89,13 @@ def _is_validation(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and is_whole(pair[0]) and is_number(pair[1])
 
 
-def _are_scores(of_labels: Any, labels: list[str]) -> bool:
+def _are_scores(by_label: Any, labels: list[str]) -> bool:
     names = {field.name for field in fields(LabelScores)}
     return (
-        isinstance(of_labels, dict)
-        and list(of_labels) == labels
-        and all(isinstance(scores, dict) and scores.keys() == names for scores in of_labels.values())
-        and all(_is_score(name, value) for scores in of_labels.values() for name, value in scores.items())
+        isinstance(by_label, dict)
+        and list(by_label) == labels
+        and all(isinstance(scores, dict) and scores.keys() == names for scores in by_label.values())
+        and all(_is_score(name, value) for scores in by_label.values() for name, value in scores.items())
     )
 
 

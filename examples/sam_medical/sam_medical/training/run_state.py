@@ -29,7 +29,7 @@ STATE_FILE = "state.json"
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARED_FILES = (STATE_FILE, ADAPTER_FILE, OPTIMIZER_FILE)
-# What AdamW keeps of each parameter.
+# The tensors that AdamW keeps for each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 SCHEDULER_NUMBERS = ("last_epoch", "_step_count")
 SCALER_NUMBERS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -66,7 +66,7 @@ def pack(training: Training, progress: Progress) -> dict[str, bytes]:
         "scaler": training.scaler.state_dict() if training.scaler else {},
     }
     moments = {
-        f"{index}.{name}": tensor for index, of_one in optimizer["state"].items() for name, tensor in of_one.items()
+        f"{index}.{name}": tensor for index, state in optimizer["state"].items() for name, tensor in state.items()
     }
     return {
         STATE_FILE: as_json(state),
@@ -129,13 +129,13 @@ def pack_random(device: torch.device) -> bytes:
     """The state of this process's random numbers."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     numbers = np.asarray(keys, dtype="<u4").tobytes().hex()
-    of_device = None if device.type == "cpu" else _hex(getattr(torch, device.type).get_rng_state())
+    device_state = None if device.type == "cpu" else _hex(getattr(torch, device.type).get_rng_state())
     return as_json(
         {
             "python": random.getstate(),
             "numpy": [numbers, int(position), int(has_gauss), float(gauss)],
             "torch": _hex(torch.get_rng_state()),
-            "device": [device.type, of_device],
+            "device": [device.type, device_state],
         }
     )
 
@@ -146,12 +146,12 @@ def put_back_random(files: Mapping[str, bytes], name: str, device: torch.device)
     Raises:
         DamagedError: if the file holds anything else.
     """
-    python, numpy, cpu, of_device = unpack_random(files, name)
+    python, numpy, cpu, device_state = unpack_random(files, name)
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
-    if of_device[0] == device.type and of_device[1] is not None:
-        getattr(torch, device.type).set_rng_state(of_device[1])
+    if device_state[0] == device.type and device_state[1] is not None:
+        getattr(torch, device.type).set_rng_state(device_state[1])
 
 
 def unpack_random(files: Mapping[str, bytes], name: str) -> tuple[Any, Any, Tensor, tuple[str, Tensor | None]]:

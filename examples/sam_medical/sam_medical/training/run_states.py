@@ -51,7 +51,7 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 GENERATIONS = 2
-# What may differ when a run goes on.
+# Options that may differ when a run goes on.
 FREE_OPTIONS = (
     "output_dir",
     "data_root",
