@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from transformers import SamModel
 
 from sam_medical.adapters.adapter import load_adapter, save_adapter
 from sam_medical.adapters.building import build_model
-from sam_medical.adapters.task import Task, write_task
+from sam_medical.adapters.task import Task, read_task, write_task
 from sam_medical.cli import compare, evaluate, predict, train
 from sam_medical.common.errors import UserError
 from sam_medical.comparison import run as comparison_run
@@ -316,6 +316,29 @@ def test_a_task_that_was_rewritten_whole_still_holds_what_a_task_can(adapter, tm
         write_task(Task(**{**plain, "labels": labels}), folder)
         with pytest.raises(UserError, match=r"task\.json has the label"):
             load_adapter(folder)
+
+
+def test_a_task_has_a_fold_only_where_the_dataset_has_folds(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    assert "fold" not in json.loads((folder / "task.json").read_text())
+    task = read_task(folder)
+    write_task(replace(task, dataset="abdominal-us-real", fold=2), folder)
+    assert read_task(folder) == replace(task, dataset="abdominal-us-real", fold=2)
+    for fold in (0, 10**5, True, "2", 1.5):
+        write_task(replace(task, fold=fold), folder)
+        with pytest.raises(UserError, match=r"task\.json: fold is .*, but it must be a whole number from 1 to 10000"):
+            read_task(folder)
+
+
+def test_a_method_that_only_a_file_names_is_not_imported(adapter, tmp_path, monkeypatch):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "harm.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.chdir(tmp_path)
+    content = json.loads((folder / "task.json").read_text())
+    plain = {key: value for key, value in content.items() if key not in ("files", "digest")}
+    (folder / "task.json").write_text(json.dumps({**plain, "method": "harm:METHOD"}))
+    with pytest.raises(UserError, match=r"'harm:METHOD' is not part of this package.* give --extensions harm"):
+        read_task(folder)
 
 
 def test_a_damaged_base_model_is_refused_in_one_line(tiny_sam_folder, tmp_path):

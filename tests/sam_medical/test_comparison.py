@@ -26,6 +26,7 @@ from sam_medical.comparison.plan import Cell, Plan
 from sam_medical.comparison.report import Row, comparison_table
 from sam_medical.comparison.runner import Runner, last_line
 from sam_medical.evaluation.metrics import MaskScore, mean_scores, read_scores, score_labels, write_scores
+from sam_medical.methods import METHODS
 from sam_medical.options.commands import CompareOptions
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "sam_medical"
@@ -354,3 +355,13 @@ def test_a_fold_is_an_argument_and_its_old_name_stays_the_same_run(fake_training
         opened(**{**options, "folds": None}, dataset="abdominal-us")
     with pytest.raises(UserError, match="folds is None, but it must be from 1 to 5, the folds of abdominal-us-real"):
         opened(**{**options, "folds": None}, dataset="abdominal-us-real")
+
+
+def test_a_method_of_ones_own_is_run_with_its_extension(fake_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS, "_values", {**METHODS._values, "mine:SLIM": METHODS["lora"]})
+    trained = fake_training(lambda flags: (0.5, {"a": 0.5}))
+    options = {"methods": "s-sam,mine:SLIM", "extensions": ["mine"], "rate_factors": "1", "seeds": 1}
+    finished = run_all(output_dir=str(tmp_path), **options)
+    assert trained[1]["--method"] == "mine:SLIM" and trained[1]["--extensions"] == "mine"
+    assert list(tmp_path.glob("mine.SLIM/fold-1/rate-*/seed-0/metrics.json"))
+    assert list(finished.results({}).done_seeds("mine:SLIM")) == [0]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,9 +12,10 @@ from medical_gradient_shares import GradientOptions
 from sam_medical.common import choices
 from sam_medical.common.choices import PROMPTS
 from sam_medical.common.errors import UserError
-from sam_medical.data import DATASETS
+from sam_medical.data import DATASETS, inspection
 from sam_medical.data.augmentation import AUGMENTATIONS
 from sam_medical.data.geometry import PLANES, STORED
+from sam_medical.data.reading import Reading
 from sam_medical.evaluation.metrics import CRITERIA
 from sam_medical.methods import METHODS
 from sam_medical.options.checks import choices_of
@@ -69,6 +71,7 @@ def test_a_bad_command_line_is_answered_in_one_line(tmp_path):
         parse_options(EvaluateOptions, [])
 
 
+OPENED = SimpleNamespace(labels=["liver"], reading=Reading())
 COMMANDS = ("train", "evaluate", "predict", "compare", "inspect", "made-up")
 
 
@@ -160,3 +163,14 @@ def test_no_name_in_a_file_imports_anything(module, config):
     # Once the user has named the module, it is trusted.
     options = parse_options(TrainOptions, [*config(f"method: {module}:SLIM"), "--extensions", module])
     assert METHODS[options.method].title == "Slim"
+
+
+def test_inspect_shows_the_labels_and_the_fold_that_it_is_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(inspection, "open_dataset", lambda *arguments: asked.append(arguments) or OPENED)
+    monkeypatch.setattr(inspection, "settle_reading", lambda dataset: dataset.reading)
+    options = parse_options(InspectOptions, ["--dataset", "abdominal-us-real", "--fold", "2", "--labels", "liver"])
+    inspection.open_all(options)
+    assert [(name, split, labels, fold) for name, _, split, labels, _, fold in asked] == [
+        ("abdominal-us-real", split, ["liver"], 2) for split in ("train", "validation", "test")
+    ]

@@ -126,6 +126,23 @@ class TestUltrasound:
         assert sorted(tests) == ["a15", "a2", "b1", "g3", "h1", "h20", "h4"]
         assert names(open_dataset("abdominal-us", str(folder), "test"))[:2] == ["a2", "a15"]
 
+    def test_a_fold_is_an_argument_or_the_end_of_the_old_name(self, folder):
+        for fold in range(1, 6):
+            by_name = open_splits(f"abdominal-us-real-{fold}", str(folder))
+            by_fold = open_splits("abdominal-us-real", str(folder), fold=fold)
+            assert {split: names(by_name[split]) for split in by_name} == {s: names(by_fold[s]) for s in by_fold}
+        for name, fold, message in (
+            ("abdominal-us-real", None, "fold is None, but abdominal-us-real has 5 folds; give --fold, from 1 to 5"),
+            ("abdominal-us-real", 6, "fold is 6, but abdominal-us-real has 5 folds"),
+            ("abdominal-us-real-6", None, "fold is 6, but abdominal-us-real has 5 folds"),
+            ("abdominal-us-real-0", None, "fold is 0, but abdominal-us-real has 5 folds"),
+            ("abdominal-us", 1, "fold is 1, but abdominal-us has no folds; leave it out"),
+            ("abdominal-us-1", None, "fold is 1, but abdominal-us has no folds"),
+            ("abdominal-us-fake-1", None, "unknown dataset 'abdominal-us-fake-1'; choose from brain-mri"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_dataset(name, str(folder), "test", fold=fold)
+
     def test_neighbouring_frames_are_in_one_fold(self, folder):
         tests = [names(open_dataset(f"abdominal-us-real-{fold}", str(folder), "test")) for fold in range(1, 6)]
         assert list(itertools.chain(*tests)) == ["a2", "a15", "b1", "g3", "h1", "h4", "h20"]

@@ -51,13 +51,13 @@ class Task:
         dataset: The dataset it was trained on, by its name in `sam_medical.data.DATASETS`.
         labels: Names of the labels, in the order of the model's masks.
         backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
-        backbone_digest: Of the pretrained weights; an adapter is worth nothing on others.
+        backbone_digest: The digest of the pretrained weights; an adapter is worth nothing on others.
         method: How it was tuned, by its name in `sam_medical.methods.METHODS`.
         target_modules: Expression of the layers that were tuned; None for the backbone's own.
         intensity, offset, plane: How images are read; see `sam_medical.data.reading.Reading`. The defaults are
             those of adapters from before there was a choice.
         fit, tile: How images become the model's square; see `sam_medical.data.loading.Framing`.
-        prompt: "text", or "learned" for a token a label in place of its name's embedding.
+        prompt: "text", or "learned" for a token per label in place of its name's embedding.
         absent: Labels that no training image had, which are kept out of means.
         fold: The fold of the dataset, from 1; None if it has no folds.
     """
@@ -236,7 +236,7 @@ def _digest(path: Path) -> str:
 
 
 def _digest_of(content: dict[str, Any]) -> str:
-    """Of all values and the order of the labels; not of the order of the keys."""
+    """The digest of all values. The order of the labels counts, that of the keys does not."""
     try:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     except (TypeError, ValueError, RecursionError):

@@ -3,7 +3,7 @@
     python examples/sam_medical/compare.py --config examples/sam_medical/configs/compare-glas.yaml \\
         --data-root DATA --methods s-sam,lora,samed --seeds 3 --output-dir runs/compare-glas
 
-Every method has the same data, steps and images a step; its learning rate is chosen on the validation images of the
+Every method has the same data, steps and images per step; its learning rate is chosen on the validation images of the
 first seed, out of the same multiples of its usual one. The output directory gets a folder for each run, and report/:
 the table (README.md, table.csv), trained values against Dice, curves, and all methods' masks side by side. It also
 holds every run in four files (report.json, runs.csv, scores.csv.gz, history.csv.gz), without paths of this machine. So

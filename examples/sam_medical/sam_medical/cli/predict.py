@@ -4,7 +4,7 @@
 
 --images is a file, a DICOM series, or a folder of them and of folders. What is written for each of them:
 
-- a picture: a mask PNG a label (0 and 255, at the picture's own size), OUTPUT/LABEL/NAME.png;
+- a picture: a mask PNG per label (0 and 255, at the picture's own size), OUTPUT/LABEL/NAME.png;
 - a stack of pictures: OUTPUT/LABEL/NAME.tif;
 - a volume or DICOM series: OUTPUT/LABEL/NAME.nii.gz (0 and 1), where its image lies in space;
 - DICOM, beside these: one DICOM SEG of all labels, OUTPUT/dicom-seg/NAME.dcm.

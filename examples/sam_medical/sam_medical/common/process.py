@@ -1,4 +1,4 @@
-"""How a process is set up before it computes, and how several of them work together."""
+"""Setting up a process before it computes, and letting several work together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from sam_medical.common.errors import UserError
 
 
 def prepare_process() -> None:
-    """Rounds denormal numbers to zero, since CPUs compute many times slower with them, and keeps libraries quiet."""
+    """Sets what holds for a whole process.
+
+    Numbers too small for float32's full precision become zero, because CPUs are many times slower with them.
+    transformers shows no progress bars of its own, and known warnings are silenced.
+    """
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    # The name that accelerate and older versions of torch know; newer ones repeat at each start that it has another.
+    # accelerate and older versions of torch know the argument by this name. Newer versions warn at each start.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
-    # MONAI's metrics call their own functions in a way that MONAI has deprecated.
+    # MONAI's metrics pass an argument that MONAI itself has deprecated.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 

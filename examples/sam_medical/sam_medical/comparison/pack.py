@@ -35,7 +35,7 @@ FORMAT = 1
 CELL_COLUMNS = [field.name for field in fields(Cell)]
 SCORE_COLUMNS = [field.name for field in fields(MaskScore)]
 MOMENT_COLUMNS = [field.name for field in fields(Moment)]
-# The rest of a `RunResult` is in the other files; `environment` here counts those in report.json, from 0.
+# Columns of runs.csv. The rest of a `RunResult` is in the other files; `environment` is its place in report.json.
 NUMBERS = (
     *("best_dice", "best_step", "test_dice", "trainable_parameters", "seconds"),
     *("peak_memory_bytes", "processes"),
@@ -72,7 +72,7 @@ def write_pack(results: Results, folder: Path) -> None:
 
 
 def read_pack(folder: Path) -> Results:
-    """What `write_pack` has written.
+    """Reads what `write_pack` has written.
 
     Raises:
         UserError: if a file is missing, damaged, or not of the same report as the others.
@@ -142,7 +142,7 @@ def _read_text(path: Path) -> str:
 
 
 def _digest(text: str) -> str:
-    """Of the text and not of the file, since another zlib compresses otherwise."""
+    """The digest of the text. That of the file would change with the version of zlib."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

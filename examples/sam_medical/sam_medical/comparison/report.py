@@ -56,8 +56,8 @@ class Row:
     Attributes:
         method: Its name in `METHODS`.
         cells: Its finished runs.
-        dice_of_seeds: The paper's average, of each seed over all folds.
-        scores: Of every run, image and label.
+        dice_of_seeds: The paper's average for each seed, over all folds.
+        scores: The scores of every run, image and label.
         labels: The average of all labels' scores, over seeds.
         by_label: Each label's Dice, over seeds.
         trained: How many values learn.
@@ -198,7 +198,7 @@ def _command(options: CompareOptions) -> str:
 
 
 def _dice_of_blanks(scores: LabelScores) -> str:
-    """What the paper's Dice gives for nothing, where labels are absent from some images."""
+    """The paper's Dice of blank predictions, where labels are absent from some images."""
     absent = 1 - scores.images_present / scores.images
     return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
 
@@ -210,7 +210,7 @@ def _hints(rows: Sequence[Row]) -> str:
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:
-    """What is otherwise than in the methods' papers, as a list; nothing if nothing is."""
+    """A list of the methods that differ from their papers, and how; empty if none does."""
     methods = [METHODS[row.method] for row in rows]
     lines = [f"- {method.title}: {method.departs}." for method in methods if method.departs]
     return ["Otherwise than in their papers:\n\n" + "\n".join(lines)] if lines else []

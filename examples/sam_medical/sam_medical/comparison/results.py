@@ -21,8 +21,8 @@ class Moment:
     """One number of a run's course.
 
     Attributes:
-        step: After how many updates.
-        label: Of which label; empty if of all.
+        step: The number of updates so far.
+        label: The label that it belongs to; empty for all together.
         name: `LOSS`, `VALIDATION` (by which the adapter is chosen), or a field of `LabelScores` on validation.
         value: The number.
     """
@@ -96,7 +96,7 @@ class Results:
         return self.plan.best_rates({cell: run.best_dice for cell, run in self.runs.items()})
 
     def done_seeds(self, method: str) -> dict[int, list[Cell]]:
-        """Of the seeds that are done on all folds, the cells at the chosen learning rates."""
+        """For each seed that is done on all folds, its cells at the chosen learning rates."""
         plan = self.plan
         if not all((method, fold) in self.rates for fold in plan.folds):
             return {}

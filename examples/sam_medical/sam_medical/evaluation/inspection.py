@@ -81,7 +81,7 @@ def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], d
     reading = options.reading
     name, fold = dataset_and_fold(options.dataset, options.fold)
     for split in DATASETS[name].splits:
-        labels = list(datasets["train"].labels) if "train" in datasets else None
+        labels = list(datasets["train"].labels) if "train" in datasets else options.labels
         try:
             dataset = open_dataset(name, options.data_root, split, labels, reading, fold)
             if split == "train":

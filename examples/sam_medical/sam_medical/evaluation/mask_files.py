@@ -24,9 +24,9 @@ def write_mask(scan: Scan, plane: str, masks: np.ndarray, path: Path) -> None:
     """Masks (N, H, W) of a scan's slices in a plane: NIfTI of 0 and 1 for volumes, otherwise pictures of 0 and 255.
 
     Args:
-        scan: What the masks are of.
-        plane: In which it was cut into slices.
-        masks: Bool, one a slice.
+        scan: The image or volume that the masks belong to.
+        plane: The plane in which it was cut into slices.
+        masks: Bool, one per slice.
         path: Where the file goes, without its ending.
     """
     if scan.affine is not None:
@@ -100,11 +100,11 @@ def _write_with_itk(scan: Scan, values: np.ndarray, path: Path) -> None:
 
 
 def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """A DICOM SEG that refers to the images it is of, a segment a label.
+    """Writes a DICOM SEG with a segment per label, which refers to the images that it belongs to.
 
     Args:
         scan: A DICOM series, or one DICOM image.
-        volumes: The labels' masks, (K, N, H, W), of the files in their order.
+        volumes: The labels' masks, (K, N, H, W), in the order of the files.
         labels: Their names.
         path: Where the file goes, without its ending.
     """

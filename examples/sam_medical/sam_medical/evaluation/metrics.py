@@ -62,7 +62,7 @@ class LabelScores:
     Attributes:
         dice: Mean over all images; an image where both masks are blank counts as 1, a false alarm as 0.
         dice_present: Mean over the images that have the label.
-        dice_pooled: Of all images' pixels together; None if no image has the label.
+        dice_pooled: Dice of all images' pixels together; None if no image has the label.
         iou: Intersection over union, mean over the images that have the label.
         hausdorff95: Mean over the images that have the label, in pixels.
         surface_dice: Mean over the images that have the label.
@@ -148,7 +148,7 @@ def write_scores(scores: Iterable[MaskScore], path: Path) -> None:
 
 
 def read_scores(path: Path) -> list[MaskScore]:
-    """What `write_scores` has written.
+    """Reads what `write_scores` has written.
 
     Raises:
         UserError: if the file is missing or another one.

@@ -17,7 +17,7 @@ from sam_medical.data.base import Sample
 from sam_medical.data.loading import EvaluationBatch, Framing
 from sam_medical.evaluation.metrics import MaskScore, score_masks
 
-# Of neighbouring windows; where they overlap, each counts most at its middle.
+# The share by which neighbouring windows overlap. Each window counts most at its middle.
 OVERLAP = 0.25
 
 

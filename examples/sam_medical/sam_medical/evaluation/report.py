@@ -1,4 +1,4 @@
-"""What a run leaves to read and to look at: a table, numbers, curves and overlays."""
+"""Tables, numbers, curves and overlays of a run."""
 
 from __future__ import annotations
 

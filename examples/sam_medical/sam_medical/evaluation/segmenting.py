@@ -33,7 +33,7 @@ from sam_medical.methods import METHODS
 from sam_medical.options.commands import PredictOptions
 
 NOT_ALL_READ = 3
-# What lies beside images and nobody would think to be one.
+# Endings of files that often lie beside images, and that nobody expects to be segmented.
 TEXTS = (".csv", ".tsv", ".txt", ".json", ".md", ".xml", ".xlsx", ".pdf", ".yaml", ".yml", ".html", ".rtf", "")
 
 
@@ -135,7 +135,7 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 
 def _measure(scan: Scan, mask: np.ndarray, probability: np.ndarray) -> dict[str, Any]:
-    """How much there is of a label: in pixels, and in what the file's spacing makes of them."""
+    """The size of a label in pixels, and in ml or mm² where the file tells its spacing."""
     pixels = int(mask.sum())
     found: dict[str, Any] = {"pixels": pixels}
     if scan.affine is not None:

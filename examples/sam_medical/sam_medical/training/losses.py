@@ -1,4 +1,4 @@
-"""What is minimised, on logits, per image and label."""
+"""The losses, on logits, per image and label."""
 
 from __future__ import annotations
 

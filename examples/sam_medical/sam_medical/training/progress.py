@@ -1,4 +1,4 @@
-"""Where a run stands, and what it has seen so far."""
+"""How far a run is, and the losses and scores that it has seen so far."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Any, labels: list[str]) -> Progress:
-        """What `as_json` gave.
+        """The progress that `as_json` has written.
 
         Raises:
             ValueError: if a key is missing or unknown, or a value is not of its type and range.

@@ -1,6 +1,6 @@
-"""All that changes in a run's course, as JSON and safetensors, which hold nothing that could be executed.
+"""The state of a run as JSON and safetensors, which hold nothing that could be executed.
 
-What is read is compared with the run that it is for, before any of it is used.
+A state is compared with the run that it is read for, before any of it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCALER_NUMBERS = ("scale", "growth_factor", "backoff_factor", "growth_interval",
 
 @dataclass
 class Training:
-    """What learns, and what makes it learn; unwrapped from whatever accelerate has around it."""
+    """The model that learns, and the objects that make it learn, without accelerate's wrappers."""
 
     model: nn.Module
     tuner: Tuner
@@ -88,7 +88,7 @@ class Unpacked:
 
 
 def unpack(files: Mapping[str, bytes], training: Training, steps: int) -> Unpacked:
-    """What `pack` has made of a run like this one.
+    """Reads the files that `pack` has made of a run like this one.
 
     Raises:
         DamagedError: if a file holds anything else.
@@ -168,7 +168,7 @@ def unpack_random(files: Mapping[str, bytes], name: str) -> tuple[Any, Any, Tens
         numpy = ("MT19937", np.frombuffer(bytes.fromhex(keys), dtype="<u4"), *rest)
         cpu = _from_hex(state["torch"])
         device_type, on_device = state["device"]
-        # What cannot be is refused here, and not where a part of it is in use already.
+        # Impossible states are refused here, before any part of the run is changed.
         random.Random().setstate(python)
         np.random.RandomState().set_state(numpy)
         torch.Generator().set_state(cpu)
