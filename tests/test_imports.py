@@ -68,13 +68,13 @@ def test_no_arrow_runs_back_up():
         f"{name} -> {target}"
         for name, targets in graph(EXAMPLE).items()
         for target in targets
-        if floor_of(target) > floor_of(name)
+        if name != EXAMPLE.name and floor_of(target) > floor_of(name)
     ]
     assert not back
 
 
 def floor_of(module: str) -> int:
-    """0 for the package itself, whose `__init__` all share."""
+    """0 for the package itself, whose `__init__` offers names of any floor when they are asked for."""
     parts = module.split(".")
     return 1 + FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] != "__main__" else 0 if len(parts) == 1 else 99
 

@@ -16,7 +16,7 @@ from sam_medical.data.offset import looks_like_1024, without_offset
 from sam_medical.data.opening import open_dataset, settle_reading
 from sam_medical.data.reading import Reading, read_slice
 from sam_medical.data.sources import source_of_file
-from sam_medical.evaluation import segmenting
+from sam_medical.evaluation import segmenter
 
 HALF, WRAPPED = (lambda hu: hu + 32768), (lambda hu: hu.astype(np.int16).view(np.uint16))
 
@@ -100,8 +100,8 @@ def test_it_is_said_kept_and_used_by_predict(run, options, ct, tmp_path, capsys,
         "outside" in n for n in said
     )
     assert read_task(tmp_path / "run/adapter").offset == "32768"
-    seen, read = [], segmenting.Slices.__getitem__
-    monkeypatch.setattr(segmenting.Slices, "__getitem__", lambda *at: seen.append(read(*at)) or seen[-1])
+    seen, read = [], segmenter.Slices.__getitem__
+    monkeypatch.setattr(segmenter.Slices, "__getitem__", lambda *at: seen.append(read(*at)) or seen[-1])
     run(predict, adapter=tmp_path / "run/adapter", images=root / "images/000.png", output=tmp_path / "masks")
     assert seen[0].image[25:].mean() == pytest.approx((60 + 160) / 400, abs=0.01)
 

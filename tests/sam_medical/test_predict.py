@@ -16,7 +16,7 @@ from torch import nn
 
 from sam_medical.adapters.task import Task
 from sam_medical.cli import predict
-from sam_medical.evaluation import segmenting
+from sam_medical.evaluation import segmenter
 
 
 class BrightPixels(nn.Module):
@@ -38,8 +38,8 @@ def segment(run, tmp_path, monkeypatch):
     def go(images, image_size=32, intensity="auto", plane="axial", fit="stretch", tile=None, **options):
         task = Task("own", ("bright", "dark"), "lite-medsam", image_size, "minilm", intensity=intensity, plane=plane)
         task = Task(**{**task.__dict__, "fit": fit, "tile": tile})
-        monkeypatch.setattr(segmenting, "read_task", lambda folder: task)
-        monkeypatch.setattr(segmenting, "load_adapter", lambda folder, backbone=None: (BrightPixels(), task))
+        monkeypatch.setattr(segmenter, "read_task", lambda folder: task)
+        monkeypatch.setattr(segmenter, "load_adapter", lambda folder, backbone=None: (BrightPixels(), task))
         run(predict, adapter=tmp_path, images=images, output=tmp_path / "masks", **options)
         return tmp_path / "masks" / "bright"
 

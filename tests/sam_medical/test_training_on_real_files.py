@@ -18,7 +18,7 @@ from sam_medical.data.base import Sample
 from sam_medical.data.loading import Framing, evaluation_loader, training_loader
 from sam_medical.data.opening import open_dataset
 from sam_medical.data.sides import labels_with_a_side
-from sam_medical.evaluation import segmenting
+from sam_medical.evaluation import segmenter
 from sam_medical.evaluation.report import draw_contact_sheet, draw_overlays
 from sam_medical.models.text import check_distinct, encode_labels
 
@@ -225,13 +225,13 @@ class TestIntensity:
         task = read_task(tmp_path / "run/adapter")
         assert (task.intensity, task.plane) == ("auto:ct", "axial")
         seen = []
-        read = segmenting.Slices.__getitem__
+        read = segmenter.Slices.__getitem__
 
         def spy(slices, index):
             seen.append(read(slices, index).image)
             return read(slices, index)
 
-        monkeypatch.setattr(segmenting.Slices, "__getitem__", spy)
+        monkeypatch.setattr(segmenter.Slices, "__getitem__", spy)
         run(predict, adapter=tmp_path / "run/adapter", images=ct / "images/p0.nii.gz", output=tmp_path / "masks")
         assert seen[0][6:10, 6:10].mean() == pytest.approx(220 / 400, abs=0.02) and seen[0][0].max() == 0
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from sam_medical.common.files import replacing_file
 from sam_medical.data.base import Sample
@@ -210,6 +212,20 @@ def _show(panel: Any, image: np.ndarray, masks: np.ndarray, labels: Sequence[str
     panel.imshow(image[rows][:, columns], aspect="auto" if is_thin else "equal")
     for mask, colour in zip(masks, _colours(labels), strict=False):
         _paint(panel, mask[rows][:, columns], colour, "auto" if is_thin else "equal")
+
+
+def overlay(image: np.ndarray, masks: np.ndarray, labels: Sequence[str]) -> Image.Image:
+    """An image (H, W, 3) between zero and one with masks (K, H, W) painted on it, and a legend."""
+    height, width = image.shape[:2]
+    shape = min(max(height / width, LEAST_ASPECT), 1 / LEAST_ASPECT)
+    figure, panel = plt.subplots(figsize=(6, 6 * shape + 0.5), constrained_layout=True)
+    _show(panel, image, masks, labels)
+    panel.set_axis_off()
+    _add_legend(figure, labels)
+    with BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=100)
+        plt.close(figure)
+        return Image.open(buffer).convert("RGB")
 
 
 def shrunk(sample: Sample) -> Sample:
