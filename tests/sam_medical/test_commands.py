@@ -195,7 +195,7 @@ def test_mistakes_end_in_one_line_before_training_starts(run, options, tmp_path,
         ({"target_modules": ".*layer_norm1"}, "it is SamLayerNorm, and none of Linear"),
         ({"labels": "tumor"}, "error: glas has no label 'tumor'; choose from glands"),
         ({"image_size": 40}, "error: image_size 40 does not fit"),
-        ({"backbone": tmp_path}, "holds a model of type None, and not 'sam'"),
+        ({"backbone": tmp_path}, "holds a model of type None, and not one of lite-medsam, sam"),
         (
             {"dataset": "brain-mri"},
             "brain-mri takes no --data-root, since nilearn carries it; give --dataset own",

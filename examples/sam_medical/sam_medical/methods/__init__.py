@@ -39,4 +39,5 @@ METHODS: Registry[Method] = Registry(
         "ablation-shift": "sam_medical.methods.ablations:SHIFT",
         "ablation-no-norms": "sam_medical.methods.ablations:NO_NORMS",
     },
+    has="learns",
 )

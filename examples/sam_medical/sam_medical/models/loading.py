@@ -38,16 +38,16 @@ def _class_of(name: str) -> type[Backbone]:
     if path.suffix in (".pth", ".pt"):
         raise UserError(f"there is no checkpoint {name}; give the path of a segment-anything checkpoint.")
     model_type = _model_type_of(name)
-    if model_type not in BACKBONES:
+    if model_type is None or model_type not in BACKBONES:
         known = ", ".join(BACKBONES)
         raise UserError(f"{name} holds a model of type {model_type!r}, and not one of {known}; give a SamModel.")
     return BACKBONES[model_type]
 
 
-def _model_type_of(name: str) -> str:
+def _model_type_of(name: str) -> str | None:
     """The ``model_type`` in the config.json of a folder or hub name."""
     try:
-        return str(PretrainedConfig.get_config_dict(name)[0].get("model_type"))
+        return PretrainedConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
