@@ -1,4 +1,4 @@
-"""How a process is set up before it computes, and how several of them work together."""
+"""Setup of a process, and checks of multi-process launches."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sam_medical.common.errors import UserError
 
 
 def prepare_process() -> None:
-    """Rounds denormal numbers to zero, since CPUs compute many times slower with them, and keeps libraries quiet."""
+    """Flushes denormal numbers to zero, which are very slow on CPUs, and silences libraries."""
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    # The name that accelerate and older versions of torch know; newer ones repeat at each start that it has another.
+    # accelerate uses an argument name that newer versions of torch have deprecated.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
-    # MONAI's metrics call their own functions in a way that MONAI has deprecated.
+    # MONAI's metrics use an argument that MONAI has deprecated.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Makes sure that the processes a launcher started work on one run, each with the whole model.
+    """Checks that launched processes work on one run together, each with the whole model.
 
     Raises:
-        UserError: where they do not know of one another, as accelerate leaves them without a GPU, or share the model
-            out between them, as with FSDP, whose states cannot be saved here.
+        UserError: if the processes are not connected, as accelerate leaves them without a GPU; or if they shard the
+            model, as FSDP does, because such states cannot be saved here.
     """
     kind = accelerator.distributed_type
     if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
@@ -44,6 +44,6 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def end_together(accelerator: Accelerator) -> None:
-    """Lets every process end, once all have come here; otherwise some abort with their connections still open."""
+    """Waits for all processes before any of them ends. Otherwise some abort with open connections."""
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -63,8 +63,8 @@ class TrainingBatch(TypedDict):
 class EvaluationBatch(TypedDict):
     """Images (B, 3, S, S) between zero and one, and their samples.
 
-    ``masks`` (B, K, S, S) are true masks for expert prompts. A pixel belongs to a label if any part of it does, so even
-    the smallest object can be prompted. With tiles, S = 0 for images and masks: the sliding window reads the samples.
+    ``masks`` (B, K, S, S) are true masks for expert prompts. A pixel belongs to a label if any part of it
+    does, so even the smallest object can be prompted. With tiles, S = 0: the sliding window reads the samples.
     """
 
     images: Tensor
@@ -171,8 +171,8 @@ class FramedDataset(Dataset):
 class AugmentedDataset(Dataset):
     """Random views of cached images.
 
-    `TrainingSampler` yields the keys (epoch, index). An item's random numbers depend only on the seed and on its key, so
-    neither the number of workers nor a resume changes them.
+    `TrainingSampler` yields the keys (epoch, index). An item's random numbers depend only on the seed and its key.
+    Neither the number of workers nor a resumed run changes them.
     """
 
     def __init__(self, dataset: FramedDataset, views: transforms.Compose, seed: int, kept_bytes: int) -> None:

@@ -30,6 +30,7 @@ def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[S
 
     Returns:
         The masks of each image that has some, by the image's key.
+    """
     exact = {mask.key: mask for mask in masks}
     by_stem: dict[str, list[Source]] = defaultdict(list)
     for mask in masks:

@@ -1,4 +1,4 @@
-"""Segmenting files with a trained adapter: each one's masks, measures, and what could not be read."""
+"""Segments files with a trained adapter: writes masks, measures them, and reports unreadable files."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ from sam_medical.methods import METHODS
 from sam_medical.options.commands import PredictOptions
 
 NOT_ALL_READ = 3
-# What lies beside images and nobody would think to be one.
+# Extensions of files that are obviously not images. They are skipped without a message.
 TEXTS = (".csv", ".tsv", ".txt", ".json", ".md", ".xml", ".xlsx", ".pdf", ".yaml", ".yml", ".html", ".rtf", "")
 
 
 @dataclass(frozen=True)
 class Segmenter:
+    """A model with its task and the options of the command."""
+
     model: nn.Module
     task: Task
     options: PredictOptions
 
     def segment(self, source: Source) -> dict[str, Any]:
-        """Writes a source's masks; returns what the report says of it."""
+        """Segments a source, writes its masks, and returns its entry in the report."""
         started = time.monotonic()
         slices = Slices(source, self.task.reading)
         batches = evaluation_loader(slices, self.task.framing, self.options.batch_size)
@@ -93,10 +95,11 @@ class Segmenter:
 
 
 def segment_files(options: PredictOptions) -> None:
-    """Segments each file, writes its masks and the report, and says what could not be read.
+    """Segments each file, and writes its masks and the report.
 
     Raises:
-        SystemExit: with `NOT_ALL_READ`, if something could not be read.
+        UserError: if there is nothing to segment, or the adapter cannot be used.
+        SystemExit: with `NOT_ALL_READ` if some files could not be read.
     """
     prepare_process()
     sources, unknown = sources_to_segment(Path(options.images), skip=[Path(options.output)])
@@ -129,13 +132,13 @@ def segment_files(options: PredictOptions) -> None:
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest connected part of (N, H, W), whose slices touch; a mask without parts as it is."""
+    """Returns the largest 3D connected component of (N, H, W). Slices are adjacent. Empty masks are unchanged."""
     parts, count = ndimage.label(mask, ndimage.generate_binary_structure(3, 3))
     return parts == 1 + np.bincount(parts.ravel())[1:].argmax() if count else mask
 
 
 def _measure(scan: Scan, mask: np.ndarray, probability: np.ndarray) -> dict[str, Any]:
-    """How much there is of a label: in pixels, and in what the file's spacing makes of them."""
+    """Measures a label: pixels, volume in ml or area in mm2 if the spacing is known, and mean probability."""
     pixels = int(mask.sum())
     found: dict[str, Any] = {"pixels": pixels}
     if scan.affine is not None:
