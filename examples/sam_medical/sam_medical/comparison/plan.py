@@ -21,7 +21,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The folder of the run. The colon of ``package.module:NAME`` is replaced, because Windows does not allow it."""
+        """The folder of the run. The colon of ``package.module:NAME`` is replaced: Windows does not allow it."""
         return f"{self.method.replace(':', '.')}/fold-{self.fold}/rate-{self.learning_rate:g}/seed-{self.seed}"
 
 
@@ -30,7 +30,7 @@ class Plan:
     """The runs of a comparison.
 
     First, each method runs on each fold with seed 0 and every candidate learning rate. The best rate on the fold's
-    validation images then runs with all seeds.
+    validation images is then used for all seeds.
     """
 
     options: CompareOptions
@@ -95,7 +95,7 @@ class Plan:
         return {**shared, "dataset": dataset, "fold": fold, **own}
 
     def describe_rate(self, cell: Cell) -> str:
-        """Formats a cell's learning rate. The lowest and highest candidates are marked: a better one may lie beyond."""
+        """Formats a cell's learning rate. The extreme candidates are marked: a better rate may lie beyond them."""
         rates = sorted(candidate.learning_rate for candidate in self.candidates(cell.method, cell.fold))
         ends = {rates[0]: " (lowest tried)", rates[-1]: " (highest tried)"} if len(rates) > 1 else {}
         return f"{cell.learning_rate:g}{ends.get(cell.learning_rate, '')}"

@@ -19,7 +19,7 @@ _ABSOLUTE = re.compile(rf"(?<![\w./:~-])(?:[A-Za-z]:)?[\\/](?:{_IN_A_PATH}*[\\/]
 
 
 def portable_options(options: CompareOptions) -> CompareOptions:
-    """Returns the options with placeholders for folders, and with defaults for options of the local machine."""
+    """Returns the options with placeholders for folders, and with defaults for options of the machine."""
     return replace(
         options,
         data_root=None if options.data_root is None else DATA,
@@ -30,7 +30,7 @@ def portable_options(options: CompareOptions) -> CompareOptions:
 
 
 def portable_text(text: str, options: CompareOptions) -> str:
-    """Replaces local paths in a message. Paths below the data folder stay relative to it; others keep the last name."""
+    """Replaces local paths in a message. Paths below the data folder stay relative to it, others keep their name."""
     places = {Path.home(): HOME, Path(options.output_dir): RUNS}
     if options.data_root is not None:
         places[Path(options.data_root)] = DATA
