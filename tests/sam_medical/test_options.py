@@ -12,10 +12,11 @@ from medical_gradient_shares import GradientOptions
 from sam_medical.common import choices
 from sam_medical.common.choices import PROMPTS
 from sam_medical.common.errors import UserError
-from sam_medical.data import DATASETS, inspection
+from sam_medical.data import DATASETS
 from sam_medical.data.augmentation import AUGMENTATIONS
 from sam_medical.data.geometry import PLANES, STORED
 from sam_medical.data.reading import Reading
+from sam_medical.evaluation import inspection
 from sam_medical.evaluation.metrics import CRITERIA
 from sam_medical.methods import METHODS
 from sam_medical.options.checks import choices_of

@@ -89,7 +89,7 @@ def test_a_second_ctrl_c_stops_at_once_if_it_is_another_wish(monkeypatch):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert interruption.number == signal.SIGTERM
-        monkeypatch.setattr("sam_medical.common.signals.SECONDS_OF_ONE_WISH", 0.0)
+        monkeypatch.setattr("sam_medical.common.signals.SECONDS_OF_ONE_REQUEST", 0.0)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)

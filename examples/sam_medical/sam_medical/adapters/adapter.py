@@ -1,4 +1,4 @@
-"""An adapter's folder: what was learned, and what it was learned for, so that it can be used on its own."""
+"""Saves and loads adapters: a folder with the trained tensors and the task, which is enough to use the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from svdtune.learned import in_present_format
 
 
 def save_adapter(model: nn.Module, text_embeddings: Tensor | None, task: Task, folder: Path) -> None:
-    """Fills the folder of an adapter.
+    """Writes an adapter into an existing folder.
+
+    Args:
+        model: The trained model.
+        text_embeddings: The text embeddings of the labels, (K, D); None if the model is not prompted by text.
+        task: The task of the adapter.
+        folder: The folder to fill.
 
     Raises:
         OSError: if the disk is full or read-only.
@@ -33,14 +39,14 @@ def save_adapter(model: nn.Module, text_embeddings: Tensor | None, task: Task, f
 
 
 def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, Task]:
-    """A trained model in evaluation mode, and its task.
+    """Loads a trained model in evaluation mode, and its task.
 
     Args:
-        folder: The folder that `save_adapter` filled.
-        backbone: Where the pretrained weights are, if no longer where the adapter was trained.
+        folder: The folder of the adapter.
+        backbone: The pretrained weights, if they have moved since training.
 
     Raises:
-        UserError: if files are missing or damaged, or the base model is another one.
+        UserError: if files are missing or damaged, or the base model is a different one.
     """
     folder = whole_folder(folder)
     task = read_task(folder)
@@ -52,10 +58,14 @@ def load_adapter(folder: Path, backbone: str | None = None) -> tuple[nn.Module, 
 
 
 def read_text_embeddings(path: Path, labels: int) -> Tensor:
-    """The labels' text embeddings, (K, D).
+    """Reads the text embeddings of the labels, (K, D).
+
+    Args:
+        path: The safetensors file.
+        labels: The number K of labels.
 
     Raises:
-        UserError: if the file holds anything else.
+        UserError: if the file contains anything else.
     """
     tensors = read_tensors(path)
     if list(tensors) != ["text_embeddings"]:

@@ -1,4 +1,4 @@
-"""From a task to a model: the pretrained backbone, its prompts, and what the method lets learn."""
+"""Builds the model of a task: the pretrained backbone, its prompts, and the method's trained parameters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from sam_medical.models.networks import SegmentationNetwork, rounded_up
 
 
 def build_model(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, Task]:
-    """The tuned but untrained model of a task, and the task with the backbone's digest.
+    """Builds the model of a task with the method applied, before training.
 
     Args:
-        task: What to build.
-        text_embeddings: Of the labels, (K, D), for methods that are prompted with them.
+        task: The task.
+        text_embeddings: The text embeddings of the labels, (K, D), for methods with text prompts.
+
+    Returns:
+        The model, and the task with the backbone's digest.
 
     Raises:
-        UserError: if a name in the task is unknown, or the backbone is not the one of the task's digest.
+        UserError: if a name in the task is unknown, or the backbone does not match the task's digest.
     """
     method = METHODS[task.method]
     if task.target_modules is not None and not method.takes_target_modules:
@@ -32,7 +35,7 @@ def build_model(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, 
 
 
 def build_untuned(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module, str, Task]:
-    """The model that the method starts from, the expression of the layers to tune, and the task with the digest."""
+    """Builds the model without the method. Also returns the expression of the layers to tune, and the task."""
     method, labels = METHODS[task.method], len(task.labels)
     if isinstance(method.model, Network):
         network = method.model.make(labels, rounded_up(task.image_size))

@@ -1,4 +1,4 @@
-"""The README of an adapter's folder: what it segments, what it needs, and how to use it."""
+"""The model card of an adapter: what it segments, its requirements, and its usage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sam_medical.methods.tuners import PeftTuner
 
 
 def model_card(task: Task) -> str:
-    """The README of an adapter's folder, in Markdown."""
+    """Returns the README of an adapter's folder, in Markdown."""
     method = METHODS[task.method]
     is_peft = isinstance(method.tuner, PeftTuner)
     labels = ", ".join(task.labels)

@@ -1,4 +1,4 @@
-"""What an adapter is for, and the file that says so."""
+"""The task of an adapter (dataset, labels, model, preprocessing), and its file task.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_FOLDS = 10**4
 
 
 class TaskOptions(Protocol):
-    """The options that say what an adapter is for."""
+    """The options that define a task."""
 
     dataset: str
     fold: int | None
@@ -45,21 +45,26 @@ class TaskOptions(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What an adapter is for.
+    """The task of an adapter.
 
     Attributes:
-        dataset: The dataset it was trained on, by its name in `sam_medical.data.DATASETS`.
+        dataset: The training dataset, a name in `sam_medical.data.DATASETS`.
         labels: Names of the labels, in the order of the model's masks.
-        backbone, image_size, text_encoder: What the model is built of; see `load_backbone` and `encode_labels`.
-        backbone_digest: The digest of the pretrained weights; an adapter is worth nothing on others.
-        method: How it was tuned, by its name in `sam_medical.methods.METHODS`.
-        target_modules: Expression of the layers that were tuned; None for the backbone's own.
-        intensity, offset, plane: How images are read; see `sam_medical.data.reading.Reading`. The defaults are
-            those of adapters from before there was a choice.
-        fit, tile: How images become the model's square; see `sam_medical.data.loading.Framing`.
-        prompt: "text", or "learned" for a token per label in place of its name's embedding.
-        absent: Labels that no training image had, which are kept out of means.
-        fold: The fold of the dataset, from 1; None if it has no folds.
+        backbone: The pretrained model; see `load_backbone`.
+        image_size: Side of the model's square input, in pixels.
+        text_encoder: The text encoder; see `encode_labels`.
+        backbone_digest: Digest of the pretrained weights. The adapter works with these weights only.
+        method: The training method, a name in `sam_medical.methods.METHODS`.
+        target_modules: Regular expression of the tuned layers; None for the backbone's default.
+        intensity: How images are read, like `offset` and `plane`; see `sam_medical.data.reading.Reading`. The three
+            defaults are those of older adapters, which did not store these settings.
+        offset: See `intensity`.
+        plane: See `intensity`.
+        fit: How images are mapped to the model's input, like `tile`; see `sam_medical.data.loading.Framing`.
+        tile: See `fit`.
+        prompt: "text", or "learned" for one learned token per label instead of its text embedding.
+        absent: Labels that no training image had. They are excluded from means.
+        fold: The fold of the dataset, starting at 1; None if it has no folds.
     """
 
     dataset: str
@@ -81,13 +86,13 @@ class Task:
 
     @classmethod
     def from_options(cls, options: TaskOptions, method: str, labels: Sequence[str], reading: Reading) -> Task:
-        """The task that a command's options describe.
+        """Creates the task from the options of a command.
 
         Args:
-            options: The data, the model, and how it sees images.
-            method: How the model is tuned.
+            options: The options of data, model and input.
+            method: The training method.
             labels: The names of the dataset's labels, in its order.
-            reading: How images are read, with an intensity and an offset that the training images have settled.
+            reading: How images are read, with ``auto`` resolved; see `settle_reading`.
         """
         return cls(
             dataset=options.dataset,
@@ -120,25 +125,25 @@ class Task:
 
 
 def files_of(task: Task) -> list[str]:
-    """The files that an adapter's folder must hold beside the task."""
+    """Returns the files that an adapter's folder must contain in addition to the task."""
     tuner = METHODS[task.method].tuner
     return [tuner.weights_file, *tuner.other_files, *([TEXT_FILE] if task.uses_text else [])]
 
 
 def write_task(task: Task, folder: Path) -> None:
-    """Writes the task with a digest of each other file and of itself; last of all, since it speaks of the others."""
+    """Writes the task with digests of itself and of the other files, which must exist already."""
     values = {name: value for name, value in asdict(task).items() if name != "fold" or value is not None}
     content = {**values, "files": {name: _digest(folder / name) for name in files_of(task)}}
     write_json(folder / TASK_FILE, {**content, "digest": _digest_of(content)})
 
 
 def read_task(folder: Path) -> Task:
-    """The task of an adapter, whose files are those that it was written with.
+    """Reads the task of an adapter, and verifies the digests of its files.
 
-    One from before there were digests has none, and is only checked as far as that goes.
+    Old adapters have no digests. For them, only the values are checked.
 
     Raises:
-        UserError: if a file is missing or another one, or a value is not what it can be.
+        UserError: if a file is missing or has changed, or a value is invalid.
     """
     folder = whole_folder(folder)
     path = folder / TASK_FILE
@@ -162,10 +167,10 @@ def read_task(folder: Path) -> Task:
 
 
 def _checked(content: dict[str, Any], path: Path) -> Task:
-    """The task in a file, of which every value has been looked at.
+    """Returns the task in a file after checking every value.
 
     Raises:
-        UserError: naming the file and the key.
+        UserError: if a key is missing or unknown, or a value is invalid.
     """
     needed = {"dataset", "labels", "backbone", "image_size", "text_encoder"}
     for key in sorted(needed - content.keys()):
@@ -236,7 +241,7 @@ def _digest(path: Path) -> str:
 
 
 def _digest_of(content: dict[str, Any]) -> str:
-    """The digest of all values. The order of the labels counts, that of the keys does not."""
+    """Returns the digest of all values. The order of keys does not matter, the order of labels does."""
     try:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     except (TypeError, ValueError, RecursionError):

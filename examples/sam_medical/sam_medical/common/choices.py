@@ -1,6 +1,6 @@
-"""What an option may be, where that is one of a few words; light to import, so that help comes at once.
+"""The choices of options. This module imports nothing heavy, so ``--help`` is fast.
 
-The modules that give these words a meaning import them from here. Tests make sure that each word has one.
+Modules that implement a choice import it from here. Tests check that each choice is implemented.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLANES: tuple[str, ...] = get_args(Plane)
 FITS: tuple[str, ...] = get_args(Fit)
 PROMPTS: tuple[str, ...] = get_args(Prompt)
 
-# Options whose values have a form of their own, as messages and help describe it.
+# The syntax of two options, for help texts and error messages.
 INTENSITY_FORMS = (
     "auto, window:40,400, three windows such as window:lung;soft-tissue;bone, percentile:0.5,99.5, min-max or "
     "eight-bit"

@@ -1,4 +1,4 @@
-"""What a person can put right: told in one line, before any long work starts."""
+"""Errors that the user can fix. Commands report them in one line, before any long work starts."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from functools import wraps
 
 from sam_medical.common.signals import Stopped, stopping_at_signals
 
-# What a command ends with when it was asked for something that cannot be done.
+# The exit status of a command after an error.
 USER_ERROR_STATUS = 2
 
 
 class UserError(Exception):
-    """Names the file, key or value that is wrong, and says what to do about it."""
+    """An error of the user's input. Its message names the wrong file, key or value, and the remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says went wrong, short enough for a message of ours."""
+    """Returns the first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def in_one_line(text: str) -> str:
-    """The text with line breaks and other control characters written out, as a name may hold them."""
+    """Escapes line breaks and other control characters, which file names may contain."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def describe(error: OSError) -> str:
-    """Which file, and what the system says of it."""
+    """Returns the file name and the system's reason."""
     reason = error.strerror or first_line(error)
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Ends a command with one line and no traceback at a `UserError`, at an error of the system, and at a signal.
+    """Decorates a command: user errors, system errors and signals end it with one line instead of a traceback.
 
-    The exit status is 2 after an error, and 128 more than the signal's number after a signal.
+    The exit status is 2 after an error, and 128 plus the signal number after a signal.
     """
 
     @wraps(main)
@@ -59,7 +59,7 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _is_of_memory(error: RuntimeError) -> bool:
-    """As torch says it, of a GPU's memory or of the machine's."""
+    """Whether torch's message is about a lack of GPU or host memory."""
     return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 

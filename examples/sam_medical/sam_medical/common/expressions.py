@@ -1,4 +1,4 @@
-"""Regular expressions that came from somebody else, of which some would take longer than anybody waits."""
+"""Matching of untrusted regular expressions, with a time limit against catastrophic backtracking."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ print(any([re.fullmatch(expression, name) for name in names]))
 
 
 def matches_any(expression: str, names: Sequence[str]) -> bool:
-    """Whether an expression matches one of some names; tried in a process of its own, which can be ended.
+    """Whether an expression fully matches one of the names. A subprocess does the matching, so it can be killed.
 
     Raises:
-        UserError: if it is no expression, or takes too long.
+        UserError: if the expression is invalid, or takes more than `SECONDS` seconds.
     """
     try:
         re.compile(expression)

@@ -1,8 +1,8 @@
-"""Files and folders that are either there as a whole or not at all, also after a kill, a full disk or a power cut.
+"""Atomic writes of files and folders: complete or absent, even after a kill, a full disk or a power cut.
 
-Each is made under a name that nobody can guess, brought to the disk, and then renamed. What a killed process has left
-of such names is removed by the next one that writes into the same folder. A link that lies in a folder of ours is
-replaced or refused, and never followed: nothing is written outside of the folder that the user has named.
+A file or folder is written under an unpredictable temporary name, synced to disk, and renamed. The next process that
+writes into the same folder removes what killed processes left behind. Symbolic links inside an output folder are
+replaced or refused, never followed, so nothing is written outside of the folder that the user named.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if sys.platform != "win32":
     import fcntl
 
 UNFINISHED = ".ssam-new-"
-# Where links stand for devices, as /dev/stdout does, whatever that is at the time.
+# Folders whose links are devices, such as /dev/stdout.
 STREAM_FOLDERS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 STREAMS = ("stdout", "stderr", "1", "2")
 _cleaned: set[Path] = set()
@@ -37,9 +37,9 @@ _cleaned: set[Path] = set()
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of ``path`` if the block ends without an error.
+    """Yields a temporary path with the suffix of ``path``. It replaces ``path`` if the block ends without an error.
 
-    The path ends as ``path`` does. What is written goes into ``path`` if that is a device or a pipe.
+    If ``path`` is a device or a pipe, the content is written into it instead.
     """
     if is_device(path):
         with _unfinished_file(Path(tempfile.gettempdir()), path) as temporary:
@@ -57,7 +57,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives a path to those errors of the system that have none, as that of a full disk, and to safetensors' own."""
+    """Adds the path to system errors without one, such as a full disk, and to those of safetensors."""
     try:
         yield
     except SafetensorError as error:
@@ -73,7 +73,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends without an error."""
+    """Yields an empty temporary folder. It replaces ``folder`` if the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with naming(folder), unfinished_folder(folder.parent) as temporary:
         yield temporary
@@ -83,7 +83,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfinished_folder(parent: Path) -> Iterator[Path]:
-    """Gives an empty folder, which is removed at the end of the block unless it has been renamed."""
+    """Yields an empty temporary folder. It is removed at the end of the block unless the block renames it."""
     remove_unfinished(parent)
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
@@ -97,9 +97,9 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Renames a filled folder to ``folder``; what was there before goes only once the new one is complete.
+    """Renames a complete folder to ``folder``, and then removes the old one.
 
-    Ended at any moment, it leaves one of the two where `whole_folder` finds it.
+    If killed at any moment, either the old or the new folder remains, and `whole_folder` finds it.
     """
     old = _place_of_old(folder)
     if os.path.lexists(folder):
@@ -115,29 +115,29 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def whole_folder(folder: Path) -> Path:
-    """The folder, or the one that was to be replaced, if `put_in_place` was ended before the new one was in place."""
+    """Returns the folder, or its old version if `put_in_place` was killed between its two renames."""
     old = _place_of_old(folder)
     return old if not folder.exists() and old.is_dir() and not old.is_symlink() else folder
 
 
 def restore(folder: Path) -> None:
-    """Brings to its end what `put_in_place` was ended in: one folder remains, the new one if it is in place."""
+    """Completes an interrupted `put_in_place`: one folder remains, the new one if it is in place."""
     old = _place_of_old(folder)
     if whole_folder(folder) == old:
-        with suppress(FileNotFoundError):  # another process of the run was first
+        with suppress(FileNotFoundError):  # another process of the run has restored it
             old.rename(folder)
     discard(old)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, so that it is at no time there in parts."""
+    """Removes a folder atomically, by renaming it first."""
     if os.path.lexists(folder):
         with unfinished_folder(folder.parent) as temporary:
             folder.rename(temporary / "removed")
 
 
 def discard(path: Path) -> None:
-    """Removes whatever is there, a link and not what it leads to."""
+    """Removes a file, folder or link. The target of a link is kept."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -145,10 +145,10 @@ def discard(path: Path) -> None:
 
 
 def folder_in(parent: Path, *names: str) -> Path:
-    """A folder below one that the user has named; made if it is not there.
+    """Returns a sub-folder of a folder that the user named, and creates it if needed.
 
     Raises:
-        UserError: if a link leads out of the user's folder, or a file stands in its place.
+        UserError: if part of the path is a link or a file.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -161,13 +161,13 @@ def folder_in(parent: Path, *names: str) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises a UserError if the path is a link."""
+    """Raises a `UserError` if the path is a symbolic link."""
     if path.is_symlink():
         raise UserError(f"{path} is a link, and nothing is written through links in an output folder; remove it.")
 
 
 def is_device(path: Path) -> bool:
-    """Whether something is to be written into what is there, a device or a pipe, and not to be put in its place."""
+    """Whether the path is a device or a pipe, which is written into and not replaced."""
     is_stream = path.absolute().parent in STREAM_FOLDERS
     if path.is_symlink() and not is_stream:
         return False
@@ -175,19 +175,19 @@ def is_device(path: Path) -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes have left in a folder half made; once a process, since folders can be large."""
+    """Removes temporary files of killed processes. Runs once per process and folder, because folders can be large."""
     resolved = folder.resolve()
     if resolved not in _cleaned:
         _cleaned.add(resolved)
         for path in resolved.glob(f"{UNFINISHED}*"):
             with _holding(path, wait=False) as is_ours:
                 if is_ours:
-                    with suppress(OSError):  # another user's
+                    with suppress(OSError):  # it belongs to another user
                         discard(path)
 
 
 def bring_to_disk(path: Path) -> None:
-    """Makes a file, or all that is in a folder, outlive a power cut; readable to whom the umask says."""
+    """Syncs a file, or a folder recursively, to disk, and sets its permissions by the umask."""
     mask = _umask()
     for inner in [*path.rglob("*"), path] if path.is_dir() else [path]:
         if inner.is_file() or inner.is_dir():
@@ -205,15 +205,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file."""
-    from safetensors.torch import save  # here, since its import takes seconds that help and options need not wait for
+    """Writes tensors to a safetensors file."""
+    from safetensors.torch import save  # imported here: it takes seconds, which would delay ``--help``
 
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 @contextmanager
 def _unfinished_file(folder: Path, path: Path) -> Iterator[Path]:
-    """Gives an empty file in the folder, which is removed at the end of the block unless it has been renamed."""
+    """Yields an empty temporary file. It is removed at the end of the block unless the block renames it."""
     remove_unfinished(folder)
     suffix = "".join(path.suffixes[-2:])
     while True:
@@ -231,7 +231,7 @@ def _unfinished_file(folder: Path, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _holding(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Marks a path as in use while entered; gives whether it is there and in no one else's use."""
+    """Locks a path for the block. Yields whether the path exists and no other process uses it."""
     try:
         descriptor = _hold(path, wait)
     except OSError:
@@ -245,10 +245,10 @@ def _holding(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _hold(path: Path, wait: bool) -> int | None:
-    """Locks a path until the process ends or closes what is returned; None where nothing can be locked.
+    """Locks a path and returns the descriptor that holds the lock; None on systems without such locks.
 
     Raises:
-        OSError: if it is not there, or somebody else's and not waited for.
+        OSError: if the path does not exist, or ``wait`` is False and another process uses it.
     """
     if sys.platform == "win32":
         if wait:
@@ -260,7 +260,7 @@ def _hold(path: Path, wait: bool) -> int | None:
     except OSError:
         if not wait:
             os.close(descriptor)
-            raise  # also on network drives that know no locks, where nothing is cleaned up
+            raise  # also on network drives without locks: nothing is cleaned up there
     return descriptor
 
 
@@ -289,7 +289,7 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    if sys.platform == "win32":  # which opens no folders
+    if sys.platform == "win32":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written."""
+"""Reading of untrusted JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sam_medical.common.errors import UserError
 
 
 def read_json(content: bytes) -> Any:
-    """What a JSON text stands for.
+    """Parses a JSON text.
 
     Raises:
-        ValueError: if it is not JSON, or nested too deep.
+        ValueError: if the text is not JSON, or is nested too deep.
     """
     try:
         return json.loads(content)
@@ -22,10 +22,14 @@ def read_json(content: bytes) -> Any:
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """A file that holds a JSON object.
+    """Reads a file that contains a JSON object.
+
+    Args:
+        path: The file.
+        advice: The remedy, at the end of the error message.
 
     Raises:
-        UserError: if it holds anything else; the message ends with the advice.
+        UserError: if the file contains anything else.
     """
     try:
         content = read_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""One command a folder."""
+"""A lock per output folder, so only one command at a time writes into it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def only_command_in(folder: Path) -> Iterator[None]:
-    """Makes this the only command that writes into a folder, until it ends in whatever way.
+    """Locks a folder for this command until the block or the process ends.
 
-    Of several processes that a launcher has started, the first alone stands for the command. The lock is the process's
-    own: unlike flock's, which the package filelock takes, those that read images for it do not inherit it, and so it
-    is gone at once when the process is killed. Windows has none of the kind.
+    If a launcher starts several processes, only rank 0 takes the lock. A POSIX record lock belongs to the process, and
+    data-loading workers do not inherit it. So the lock is released at once if the process is killed. flock, which the
+    package filelock uses, would be inherited. On Windows there is no such lock, and nothing is locked.
 
     Raises:
-        UserError: if another command is at work in the folder, or it cannot be written.
+        UserError: if another command uses the folder, or the folder cannot be written.
     """
     if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
         yield
@@ -49,12 +49,12 @@ def only_command_in(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(descriptor)
         if is_new:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 def command_in(folder: Path) -> str | None:
-    """Which process is at work in a folder, in words; None if none is."""
+    """Describes the process that uses a folder; None if there is none."""
     path = folder / LOCK_FILE
     if sys.platform == "win32" or not path.is_file():
         return None
@@ -78,7 +78,7 @@ def _take(path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return descriptor
-        os.close(descriptor)  # its holder has just removed it
+        os.close(descriptor)  # the previous holder has just removed the file
 
 
 def _lock(descriptor: int) -> bool:
@@ -86,7 +86,7 @@ def _lock(descriptor: int) -> bool:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except PermissionError:  # what some systems say in its place
+    except PermissionError:  # some systems raise this instead
         return False
     return True
 

@@ -1,10 +1,10 @@
-"""Names that are a folder's on Linux, macOS and Windows alike."""
+"""Folder names that are valid on Linux, macOS and Windows."""
 
 from __future__ import annotations
 
 LONGEST = 255  # bytes
 FORBIDDEN = '<>:"/\\|?*'
-# Of devices, on Windows, whatever comes behind a dot.
+# Device names on Windows, with any extension.
 RESERVED = {
     "con",
     "prn",
@@ -15,7 +15,7 @@ RESERVED = {
 
 
 def why_not_a_folder(name: str) -> str | None:
-    """Why something cannot be a folder's name; None if it can."""
+    """Returns why a name cannot be a folder name; None if it can."""
     if not name or not name.strip():
         return "is empty"
     if name in (".", ".."):

@@ -1,4 +1,4 @@
-"""Whether something can be written to a path, told before the work that is to be written."""
+"""Checks of output paths, so that errors are found before the work and not after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST_PATH = 4095  # bytes, on Linux
 
 
 def why_not_a_path(text: str) -> str | None:
-    """Why no system has such a path; None if one can."""
+    """Returns why a text cannot be a path; None if it can."""
     if "\0" in text:
         return "holds a zero byte"
     if len(os.fsencode(text)) > LONGEST_PATH:
@@ -23,7 +23,7 @@ def why_not_a_path(text: str) -> str | None:
 
 
 def why_no_file(path: Path) -> str | None:
-    """Why a file cannot be written there; None if it can."""
+    """Returns why a file cannot be written to a path; None if it can."""
     if is_device(path):
         return None if os.access(path, os.W_OK) else "it cannot be written"
     if path.is_dir():
@@ -32,14 +32,14 @@ def why_no_file(path: Path) -> str | None:
 
 
 def why_no_folder(path: Path) -> str | None:
-    """Why a folder cannot be made or filled there; None if it can."""
+    """Returns why a folder cannot be created or written; None if it can."""
     if path.exists() and not path.is_dir():
         return "it is no folder"
     return _why_not_below(path)
 
 
 def _why_not_below(folder: Path) -> str | None:
-    """About the nearest that exists of a folder and those above it, in which the others would be made."""
+    """Returns why the nearest existing ancestor of a folder cannot be written; None if it can."""
     try:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if not nearest.is_dir():
@@ -52,6 +52,6 @@ def _why_not_below(folder: Path) -> str | None:
 
 
 def own_name(base: str) -> str:
-    """The name of a base model without its place on this machine; a name on the hub stays as it is."""
+    """Returns the last name of a base model's local path. Names on the Hugging Face Hub are unchanged."""
     is_here = any(kind(base).is_absolute() for kind in (PurePath, PureWindowsPath)) or ".." in PurePath(base).parts
     return PurePath(base.replace("\\", "/")).name if is_here else base

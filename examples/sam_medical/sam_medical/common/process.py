@@ -1,4 +1,4 @@
-"""Setting up a process before it computes, and letting several work together."""
+"""Setup of a process, and checks of multi-process launches."""
 
 from __future__ import annotations
 
@@ -14,25 +14,21 @@ from sam_medical.common.errors import UserError
 
 
 def prepare_process() -> None:
-    """Sets what holds for a whole process.
-
-    Numbers too small for float32's full precision become zero, because CPUs are many times slower with them.
-    transformers shows no progress bars of its own, and known warnings are silenced.
-    """
+    """Flushes denormal numbers to zero, which are very slow on CPUs, and silences libraries."""
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    # accelerate and older versions of torch know the argument by this name. Newer versions warn at each start.
+    # accelerate uses an argument name that newer versions of torch have deprecated.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
-    # MONAI's metrics pass an argument that MONAI itself has deprecated.
+    # MONAI's metrics use an argument that MONAI has deprecated.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Makes sure that the processes a launcher started work on one run, each with the whole model.
+    """Checks that launched processes work on one run together, each with the whole model.
 
     Raises:
-        UserError: where they do not know of one another, as accelerate leaves them without a GPU, or share the model
-            out between them, as with FSDP, whose states cannot be saved here.
+        UserError: if the processes are not connected, as accelerate leaves them without a GPU; or if they shard the
+            model, as FSDP does, because such states cannot be saved here.
     """
     kind = accelerator.distributed_type
     if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
@@ -48,6 +44,6 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def end_together(accelerator: Accelerator) -> None:
-    """Lets every process end, once all have come here; otherwise some abort with their connections still open."""
+    """Waits for all processes before any of them ends. Otherwise some abort with open connections."""
     accelerator.wait_for_everyone()
     accelerator.end_training()

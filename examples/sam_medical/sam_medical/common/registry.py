@@ -1,4 +1,4 @@
-"""Things that options name, such as methods: found by name, imported when needed, and open to other packages."""
+"""Registries of methods, datasets and backbones: values by name, imported lazily, open to other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sam_medical.common.values import shortened
 T = TypeVar("T")
 
 PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-# Modules of the user's own that were given on the command line.
+# Modules that the user has given with --extensions.
 EXTENSIONS: set[str] = set()
 
 
@@ -25,16 +25,16 @@ def is_place(name: str) -> bool:
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Values by name, in a fixed order. Listing the names imports nothing.
+    """A mapping from names to values, in a fixed order. Listing the names imports nothing.
 
-    A value may also be named by its place, ``package.module:NAME``. Only `find` imports such a module, because it is
-    for names that the user has typed: a name that was read from a file must not choose code that is run. A place in
-    a module that the user has given as an extension is a name like any other.
+    ``package.module:NAME`` is a valid name too. Only `find` imports such a module, and only for names that the user
+    has typed: a name from a file must not choose code to run. The modules of ``--extensions`` are trusted, so their
+    values are found like any other.
 
     Args:
-        kind: What the values are, in the singular, as messages say it.
-        places: For each name the place of its value, ``package.module:NAME``.
-        has: An attribute by which a value is told from anything else in a module.
+        kind: The kind of value in the singular, for messages.
+        places: The location ``package.module:NAME`` of each named value.
+        has: An attribute that every value of this kind has.
     """
 
     def __init__(self, kind: str, places: Mapping[str, str], has: str = "") -> None:
@@ -44,10 +44,10 @@ class Registry(Mapping[str, T], Generic[T]):
         self._values: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> T:
-        """Adds a value under a name of its own.
+        """Adds a value under a new name.
 
         Raises:
-            ValueError: if another value has that name.
+            ValueError: if the name belongs to another value.
         """
         if name in self and self[name] is not value:
             raise ValueError(f"there is a {self.kind} {name!r} already")
@@ -55,10 +55,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return value
 
     def find(self, name: str) -> T:
-        """The value of a name that the user has given, which may be a place outside this package.
+        """Returns the value of a name that the user has typed. ``package.module:NAME`` is imported.
 
         Raises:
-            UserError: if there is none, or its module cannot be imported.
+            UserError: if there is no such value, or its module cannot be imported.
         """
         if name not in self and is_place(name):
             value = _import(name, self.kind)
@@ -70,7 +70,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self[name]
 
     def unknown(self, name: str) -> str:
-        """What to do about a name that is none."""
+        """Returns the error message for an unknown name."""
         module, _, _ = name.partition(":")
         if is_place(name):
             return (
@@ -105,10 +105,10 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def import_extensions(modules: Iterable[str]) -> None:
-    """Imports modules that the user has named on the command line, whose code may add to registries.
+    """Imports the modules of ``--extensions``, which may register datasets, methods and backbones.
 
     Raises:
-        UserError: if one cannot be imported.
+        UserError: if a module cannot be imported.
     """
     _look_here()
     for module in modules:
@@ -121,7 +121,7 @@ def import_extensions(modules: Iterable[str]) -> None:
 
 
 def _look_here() -> None:
-    """Lets modules be found in the current folder: `sam-medical` is a script elsewhere, and users' are mostly here."""
+    """Adds the current folder to the import path. The console script `sam-medical` does not have it there."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: all three end a command in the same way."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP. All three end a command in the same way."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGHUP, which a closed terminal sends, is not known on Windows.
+# A closed terminal sends SIGHUP, which Windows does not have.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# A launcher passes on what its whole group got already: the same wish, told twice.
-SECONDS_OF_ONE_WISH = 1.0
-# Set in the environment of a process that is to end with the one that started it.
+# A launcher forwards signals that its process group has received already. Within this time, both are one request.
+SECONDS_OF_ONE_REQUEST = 1.0
+# Environment variable of processes that must end together with their parent.
 PARENT = "SSAM_ENDS_WITH_PARENT"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has come, with this number; the message says where that leaves the command."""
+    """Raised at a signal. The message tells the user how to continue."""
 
     def __init__(self, number: int, message: str = "Stopped.") -> None:
         super().__init__(message)
@@ -27,12 +27,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """While entered, takes note of a signal, so that the step at hand is finished and saved.
+    """A context manager that records signals, so the current step can be finished and saved.
 
-    A second Ctrl-C, well after the first signal, ends the program at once.
+    A second Ctrl-C, more than `SECONDS_OF_ONE_REQUEST` after the first signal, ends the program at once.
 
     Attributes:
-        number: The first signal's; 0 if none has come.
+        number: The number of the first signal; 0 if none was received.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,15 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._since = int(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_WISH:
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             raise Stopped(number)
 
 
 @contextmanager
 def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While entered, the handler gets the signals that end a command, but for those that were ignored before.
+    """Installs a handler for the signals that end a command, except for ignored ones, for the duration of the block.
 
-    Whoever starts a command with nohup has SIGHUP ignored. Outside of the main thread nothing is changed.
+    nohup, for example, ignores SIGHUP. In other threads than the main one, nothing is changed.
     """
     previous = {}
     if threading.current_thread() is threading.main_thread():
@@ -74,15 +74,15 @@ def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterat
 
 @contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """While entered, raises `Stopped` at each of the signals."""
+    """Raises `Stopped` at each of these signals inside the block."""
     with handling_signals(_stop):
         yield
 
 
 def end_with_parent() -> None:
-    """If `PARENT` is set in the environment, ends this process as SIGTERM does once whoever started it is gone.
+    """Sends SIGTERM to this process when its parent ends, if `PARENT` is set in the environment.
 
-    The parent holds the other end of the pipe that this process reads, which the system closes however it ends.
+    Standard input is a pipe from the parent. The system closes it when the parent ends for any reason.
     """
     if os.environ.pop(PARENT, None):
         threading.Thread(target=_wait_for_parent, daemon=True).start()
@@ -95,7 +95,7 @@ def _wait_for_parent() -> None:
 
 
 def ignore_signals() -> None:
-    """For a process that works for another one, which tells it when to end."""
+    """Ignores the signals in a worker process, which its parent ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Files of tensors that somebody else may have written."""
+"""Reading of untrusted safetensors files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sam_medical.common.errors import UserError, first_line
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
+    """Reads a safetensors file.
 
     Raises:
-        UserError: if it is damaged, or some of its numbers are none.
+        UserError: if the file is damaged, or contains NaN or infinity.
     """
     try:
         tensors = load_file(path)
@@ -29,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_like(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises a `UserError` if a file's tensors are not a model's by name, shape and kind of number."""
+    """Raises a `UserError` if tensors differ from the expected ones in name, shape or dtype."""
     differing = sorted(tensors.keys() ^ expected.keys())
     if differing:
         raise UserError(

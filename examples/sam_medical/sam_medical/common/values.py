@@ -1,4 +1,4 @@
-"""What a value that was read from a file is, before anything relies on it."""
+"""Checks of values from untrusted files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ LONGEST_SHOWN = 200
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number that a float holds exactly; true and false are none."""
+    """Whether a value is an integer that a float represents exactly. Booleans are not integers here."""
     return type(value) is int and abs(value) <= LARGEST
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; true and false are none."""
+    """Whether a value is a finite number. Booleans are not numbers here."""
     return is_whole(value) or (type(value) is float and math.isfinite(value))
 
 
 def shortened(value: Any) -> str:
-    """A value as it can stand in a message of one line."""
+    """Returns the repr of a value, cut to `LONGEST_SHOWN` characters for messages."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""The finished runs in a comparison's folder: which there are, whether they belong together, and what they gave."""
+"""Reads the finished runs in a comparison's folder, and checks that they belong together."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sam_medical.training.record import RECORD_FILE, RunRecord
 from sam_medical.training.record import portable_options as portable_options_of_run
 from sam_medical.training.run_states import FREE_OPTIONS
 
-# Options that may differ from run to run in one comparison.
+# Options that may differ between runs of one comparison.
 OPTIONS_OF_A_RUN = {"method", "seed", "learning_rate", *FREE_OPTIONS}
 
 
 class FinishedRuns:
-    """Reads the folders of a plan's cells.
+    """The finished runs of a plan.
 
     Args:
-        plan: Which cells there are.
-        folder: The folder that holds a folder per cell.
+        plan: The plan of all cells.
+        folder: The folder with one sub-folder per cell.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
@@ -43,16 +43,16 @@ class FinishedRuns:
         return RunRecord.read(self.folder_of(cell) / RECORD_FILE)
 
     def chosen(self) -> list[Cell]:
-        """The cells of all seeds, at the learning rates that validation chose among the finished candidates."""
+        """Returns the cells of all seeds, at the best learning rates among the finished candidates."""
         done = [cell for cell in self.plan.all_candidates if self.is_done(cell)]
         rates = self.plan.best_rates({cell: self.record(cell).best_dice for cell in done})
         return self.plan.with_all_seeds(rates)
 
     def check(self) -> None:
-        """Makes sure that all finished runs in the folder belong to this comparison.
+        """Checks that all finished runs in the folder belong to this comparison.
 
         Raises:
-            UserError: if one was made with other options, weights or images.
+            UserError: if a run has other options, weights or images.
         """
         first_of: dict[tuple[str, str], tuple[Any, Path]] = {}
         for path in sorted(self.folder.glob(f"*/fold-*/rate-*/seed-*/{RECORD_FILE}")):
@@ -70,15 +70,15 @@ class FinishedRuns:
                     )
 
     def results(self, failures: Mapping[Cell, str]) -> Results:
-        """What the finished runs have given.
+        """Collects the results of the finished runs.
 
         Args:
-            failures: What each failed run said last.
+            failures: The last output line of each failed run.
         """
         options = self.plan.options
         cells = sorted(cell for cell in {*self.plan.all_candidates, *self.chosen()} if self.is_done(cell))
         records = {cell: self.record(cell) for cell in cells}
-        # `check` has made sure that runs agree in what they share.
+        # `check` has verified that the shared values are equal in all runs.
         return Results(
             options=portable_options(options),
             labels=records[cells[0]].labels if cells else [],
@@ -92,7 +92,7 @@ class FinishedRuns:
         )
 
     def _check_options(self, record: RunRecord, fold: int, folder: Path) -> None:
-        """Raises a `UserError` if a run had other options; one that an older version did not know had its default."""
+        """Raises a `UserError` if a run has other options. Options missing from an old record have their defaults."""
         dataset, number = self.plan.dataset_of(fold)
         wanted = portable_options_of_run({**asdict(self.plan.options), "dataset": dataset, "fold": number})
         done = {**portable_options_of_run(asdict(TrainOptions())), **record.options}

@@ -1,4 +1,4 @@
-"""All methods' masks side by side, on some of the test images."""
+"""Draws the masks of all methods side by side, for some test images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sam_medical.methods import METHODS
 
 
 def draw_masks(finished: FinishedRuns, results: Results, path: Path) -> None:
-    """The paper's Figure 3: some test images, their true masks, and every method's; first fold, first seed.
+    """Draws the paper's Figure 3: test images, their true masks, and each method's masks; first fold, first seed.
 
-    Images and adapters are needed for it, so it is drawn where the runs are.
+    This needs images and adapters, so it works only where the runs are stored.
     """
     options = finished.plan.options
     seeds = {method: results.done_seeds(method) for method in options.method_names}
@@ -32,7 +32,7 @@ def draw_masks(finished: FinishedRuns, results: Results, path: Path) -> None:
     columns = {"truth": [sample.masks for sample in samples]}
     for method, cell in first.items():
         adapter = finished.folder_of(cell) / "adapter"
-        if not adapter.is_dir():  # kept elsewhere, because of its size
+        if not adapter.is_dir():  # not stored with the run, because of its size
             continue
         model, task = load_adapter(adapter, options.backbone)
         loader = evaluation_loader(samples, task.framing, batch_size=1)

@@ -1,8 +1,8 @@
-"""All runs of a comparison in four files, from which its report can be written again.
+"""Stores all runs of a comparison in four files, from which its report can be rewritten.
 
-runs.csv has a row for each run, scores.csv.gz for each test image and label, history.csv.gz for each number of a run's
-course; report.json holds once what they share. The same results give the same bytes: runs are sorted, images keep the
-dataset's order, and floats have as many digits as they need to be read back exactly.
+runs.csv has one row per run. scores.csv.gz has one row per run, test image and label. history.csv.gz has one row per
+run and logged number. report.json contains the values that all runs share. Equal results give equal bytes: runs are
+sorted, images keep the dataset's order, and floats are written with enough digits to be read back exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMAT = 1
 CELL_COLUMNS = [field.name for field in fields(Cell)]
 SCORE_COLUMNS = [field.name for field in fields(MaskScore)]
 MOMENT_COLUMNS = [field.name for field in fields(Moment)]
-# Columns of runs.csv. The rest of a `RunResult` is in the other files; `environment` is its place in report.json.
+# Columns of runs.csv. Its column `environment` is an index into the environments of report.json, from 0.
 NUMBERS = (
     *("best_dice", "best_step", "test_dice", "trainable_parameters", "seconds"),
     *("peak_memory_bytes", "processes"),
@@ -45,7 +45,7 @@ WHOLE_NUMBERS = ("best_step", "trainable_parameters", "peak_memory_bytes", "proc
 
 
 def write_pack(results: Results, folder: Path) -> None:
-    """Writes the four files, each whole or not at all; report.json is the last, and says which others go with it."""
+    """Writes the four files, each atomically. report.json is the last; it contains the digests of the others."""
     environments: list[dict[str, str]] = []
     for run in results.runs.values():
         if run.environment not in environments:
@@ -72,10 +72,10 @@ def write_pack(results: Results, folder: Path) -> None:
 
 
 def read_pack(folder: Path) -> Results:
-    """Reads what `write_pack` has written.
+    """Reads the files of `write_pack`.
 
     Raises:
-        UserError: if a file is missing, damaged, or not of the same report as the others.
+        UserError: if a file is missing, damaged, or belongs to another report.
     """
     content = _read(folder / REPORT_FILE, _report_of)
     digests = content["sha256 of the text"]
@@ -118,14 +118,14 @@ def _cell_of(item: tuple[Cell, RunResult]) -> Cell:
 
 
 def _csv(columns: list[str], rows: Iterable[list[Any]]) -> str:
-    """As text; the csv module writes floats by repr, which reads back exactly."""
+    """Formats rows as CSV. The csv module writes floats by repr, which is exact."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     return text.getvalue()
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Compressed if the name says so, without the time and name that gzip would keep."""
+    """Writes a file, compressed if its suffix is .gz. gzip's time stamp and name are omitted for reproducibility."""
     with replacing_file(path) as temporary, temporary.open("wb") as file:
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed:
@@ -135,14 +135,14 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _read_text(path: Path) -> str:
-    """With plain line ends, whatever a checkout made of them."""
+    """Reads a file and normalises line ends, which a git checkout may have changed."""
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     return text.replace("\r\n", "\n")
 
 
 def _digest(text: str) -> str:
-    """The digest of the text. That of the file would change with the version of zlib."""
+    """Returns the digest of a text, not of its file: the compressed bytes depend on the version of zlib."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Options and messages without the places of the machine, for what is published."""
+"""Removes local paths and the host name from options and messages that are published."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sam_medical.common.paths import own_name
 from sam_medical.options.commands import CompareOptions
 
 DATA, RUNS, HOME, HOST = "DATA", "RUNS", "HOME", "HOST"
-# Options that say where and how a comparison was run, and not what it compares.
+# Options of the local machine, without influence on the results.
 OPTIONS_OF_A_MACHINE = ("output_dir", "report", "jobs", "extensions")
 _IN_A_PATH = r"[^\s'\"`:;,()\[\]]"
-# From a root or a drive through at least one folder; the last name is kept. The slashes of an address are not meant.
+# Absolute paths with at least one folder, but not URLs. The group is the last name of the path.
 _ABSOLUTE = re.compile(rf"(?<![\w./:~-])(?:[A-Za-z]:)?[\\/](?:{_IN_A_PATH}*[\\/])+({_IN_A_PATH}*)")
 
 
 def portable_options(options: CompareOptions) -> CompareOptions:
-    """The options with names in place of folders, and defaults where they only say where to run."""
+    """Returns the options with placeholders for folders, and with defaults for options of the machine."""
     return replace(
         options,
         data_root=None if options.data_root is None else DATA,
@@ -30,7 +30,7 @@ def portable_options(options: CompareOptions) -> CompareOptions:
 
 
 def portable_text(text: str, options: CompareOptions) -> str:
-    """A message with names in place of folders: what is below the data stays, of other paths the last name."""
+    """Replaces local paths in a message. Paths below the data folder stay relative to it, others keep their name."""
     places = {Path.home(): HOME, Path(options.output_dir): RUNS}
     if options.data_root is not None:
         places[Path(options.data_root)] = DATA

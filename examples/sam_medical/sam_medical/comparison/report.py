@@ -1,4 +1,4 @@
-"""The report of a comparison: its table, trained values against Dice, and curves."""
+"""Writes the report of a comparison: a table, a plot of Dice over trained values, and validation curves."""
 
 from __future__ import annotations
 
@@ -51,17 +51,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One method's results over its seeds and folds.
+    """The results of one method over seeds and folds.
 
     Attributes:
-        method: Its name in `METHODS`.
-        cells: Its finished runs.
-        dice_of_seeds: The paper's average for each seed, over all folds.
+        method: The name in `METHODS`.
+        cells: The finished runs.
+        dice_of_seeds: The paper's mean Dice over all folds, per seed.
         scores: The scores of every run, image and label.
-        labels: The average of all labels' scores, over seeds.
-        by_label: Each label's Dice, over seeds.
-        trained: How many values learn.
-        seconds, memory: Medians over runs; bytes.
+        labels: The scores averaged over labels and seeds.
+        by_label: The mean Dice over seeds, per label.
+        trained: Number of trained values.
+        seconds: Median training time per run.
+        memory: Median peak memory per run, in bytes; None if unknown.
     """
 
     method: str
@@ -80,7 +81,7 @@ class Row:
 
 
 def write_report(results: Results, folder: Path) -> str:
-    """Writes all of it into the folder, and returns the table for the terminal."""
+    """Writes the report into the folder, and returns the table for the terminal."""
     rows = [row for method in results.options.method_names if (row := _row(results, method)) is not None]
     if not rows:
         text = "No method has finished a seed.\n" + _failures(results)
@@ -117,14 +118,14 @@ def _row(results: Results, method: str) -> Row | None:
 
 
 def _comparisons(rows: Sequence[Row]) -> dict[str, Comparison]:
-    """Every method with the first, image by image, its seeds averaged; p values adjusted for their number."""
+    """Compares each method with the first, averaged over seeds, with Holm-adjusted p values."""
     found = {row.method: compare(row.scores, rows[0].scores) for row in rows[1:]}
     adjusted = holm([comparison.p_value for comparison in found.values()])
     return {method: replace(c, p_value=p) for (method, c), p in zip(found.items(), adjusted, strict=True)}
 
 
 def comparison_table(plan: Plan, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; where every image has every label, without the column that would repeat another."""
+    """Returns columns and rows. If every image has every label, the redundant column is left out."""
     comparisons = _comparisons(rows)
     first = METHODS[rows[0].method].title
     columns = [column.replace(FIRST, first) for column in COLUMNS]
@@ -193,12 +194,12 @@ def _text(results: Results, rows: Sequence[Row], table: str) -> str:
 
 
 def _command(options: CompareOptions) -> str:
-    """The command that makes this report elsewhere."""
+    """Returns the command that reproduces the report."""
     return "    python examples/sam_medical/compare.py " + shlex.join(flags_of(changed_options(options)))
 
 
 def _dice_of_blanks(scores: LabelScores) -> str:
-    """The paper's Dice of blank predictions, where labels are absent from some images."""
+    """Describes the paper's Dice of empty predictions, if some images lack labels."""
     absent = 1 - scores.images_present / scores.images
     return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
 
@@ -210,7 +211,7 @@ def _hints(rows: Sequence[Row]) -> str:
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:
-    """A list of the methods that differ from their papers, and how; empty if none does."""
+    """Lists the differences from the methods' papers; empty if there are none."""
     methods = [METHODS[row.method] for row in rows]
     lines = [f"- {method.title}: {method.departs}." for method in methods if method.departs]
     return ["Otherwise than in their papers:\n\n" + "\n".join(lines)] if lines else []
@@ -230,7 +231,7 @@ def _failures(results: Results) -> str:
 
 
 def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
-    """The paper's Figure 4: how much is trained, and what it brings."""
+    """Draws the paper's Figure 4: Dice over the number of trained values."""
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     names = []
     for index, row in enumerate(rows):
@@ -238,14 +239,16 @@ def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:
         colour = "tab:red" if not method.is_sam else "tab:gray" if method.needs_expert else "tab:blue"
         colour = "tab:green" if index == 0 else colour
         lengths = [row.dice - min(row.dice_of_seeds), max(row.dice_of_seeds) - row.dice]
-        errors = [[max(0.0, length)] for length in lengths]  # a mean of equal numbers may lie beside them
+        errors = [
+            [max(0.0, length)] for length in lengths
+        ]  # rounding can put the mean of equal numbers outside of their range
         axes.errorbar(row.trained, row.dice, yerr=errors, fmt="o", color=colour, capsize=3)
         names.append(axes.text(row.trained, row.dice, method.title, fontsize=8))
     axes.set_xscale("symlog", linthresh=1e4)
     axes.margins(x=0.1)
     axes.set(xlabel="trained values", ylabel="Dice on the test images; least to most of the seeds")
     axes.grid(alpha=0.3)
-    # So many steps, and not one second, so that the same results give the same picture.
+    # Limit the number of steps and not the time, so equal results give equal figures.
     adjust_text(names, ax=axes, expand=(1.2, 1.6), iter_lim=STEPS_OF_NAMES)
     save_figure(figure, path, dpi=120)
 

@@ -1,4 +1,4 @@
-"""The results of a comparison, from which its tables and curves are made, wherever they were read."""
+"""The results of a comparison, read from run folders or from a report's files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True)
 class Moment:
-    """One number of a run's course.
+    """One logged number of a run.
 
     Attributes:
-        step: The number of updates so far.
-        label: The label that it belongs to; empty for all together.
-        name: `LOSS`, `VALIDATION` (by which the adapter is chosen), or a field of `LabelScores` on validation.
+        step: Number of updates so far.
+        label: The label; empty for numbers over all labels.
+        name: `LOSS`, `VALIDATION` (the score that chooses the adapter), or a field of `LabelScores` on validation.
         value: The number.
     """
 
@@ -35,18 +35,19 @@ class Moment:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one finished run gave.
+    """The result of one finished run.
 
     Attributes:
-        best_dice, best_step: The validation that chose the adapter.
-        test_dice: The paper's average over the test images.
-        trainable_parameters: How many values learn.
-        seconds: Time of training.
-        peak_memory_bytes: None where the system does not tell.
-        processes: How many trained together.
+        best_dice: The validation score that chose the adapter.
+        best_step: The step of that validation.
+        test_dice: The paper's mean Dice over the test images.
+        trainable_parameters: Number of trained values.
+        seconds: Training time.
+        peak_memory_bytes: Peak memory; None if the system does not report it.
+        processes: Number of processes that trained together.
         environment: Versions and device.
         scores: The scores of each test image and label, in the dataset's order.
-        history: The run's course, step by step.
+        history: The logged numbers, step by step.
     """
 
     best_dice: float
@@ -62,21 +63,21 @@ class RunResult:
 
     @property
     def validations(self) -> list[tuple[int, float]]:
-        """Step and Dice of each validation."""
+        """The (step, score) pairs of the validations."""
         return [(moment.step, moment.value) for moment in self.history if moment.name == VALIDATION]
 
 
 @dataclass(frozen=True)
 class Results:
-    """All finished runs of a comparison, and what they share.
+    """All finished runs of a comparison, and the values that they share.
 
     Attributes:
-        options: What was compared, without places of the machine that did it.
+        options: The options of the comparison, without local paths.
         labels: The labels in the dataset's order.
-        images: How many images each fold's splits have, and their digests.
+        images: Per fold, the number of images and the digest of each split.
         weights: The digest of the pretrained weights.
-        runs: Each finished run.
-        failures: What each failed run said last, by its name.
+        runs: The finished runs.
+        failures: The last output line of each failed run, by the run's name.
     """
 
     options: CompareOptions
@@ -92,11 +93,11 @@ class Results:
 
     @cached_property
     def rates(self) -> dict[tuple[str, int], float]:
-        """The chosen learning rate of each method and fold."""
+        """The best learning rate per method and fold."""
         return self.plan.best_rates({cell: run.best_dice for cell, run in self.runs.items()})
 
     def done_seeds(self, method: str) -> dict[int, list[Cell]]:
-        """For each seed that is done on all folds, its cells at the chosen learning rates."""
+        """Returns the cells at the best learning rates, for each seed that is finished on all folds."""
         plan = self.plan
         if not all((method, fold) in self.rates for fold in plan.folds):
             return {}
@@ -107,12 +108,12 @@ class Results:
         return {seed: cells for seed, cells in by_seed.items() if all(cell in self.runs for cell in cells)}
 
     def scores(self, cells: Iterable[Cell]) -> list[MaskScore]:
-        """The scores of all images that these cells were tested on."""
+        """Returns the test scores of these cells."""
         return [score for cell in cells for score in self.runs[cell].scores]
 
 
 def result_of(record: RunRecord, scores: list[MaskScore]) -> RunResult:
-    """A run's result out of its record and the scores of its test images."""
+    """Builds a run's result from its record and its test scores."""
     return RunResult(
         best_dice=record.best_dice,
         best_step=record.best_step,

@@ -1,4 +1,4 @@
-"""One comparison from its options to its report."""
+"""Runs a comparison, or rewrites its report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from sam_medical.options.commands import CompareOptions
 
 
 def write_again(folder: Path) -> None:
-    """Writes a report's table and figures from its own files."""
+    """Rewrites the table and figures of a report from its own files. Raises as `read_pack`."""
     print(write_report(read_pack(folder), folder))
 
 
 def compare(options: CompareOptions) -> None:
-    """Runs what is not done, and writes the report.
+    """Runs the unfinished runs, and writes the report.
 
     Raises:
+        UserError: if the data cannot be read, or the folder contains other runs.
         SystemExit: with a message, if some runs have failed.
     """
     prepare_process()
@@ -52,7 +53,7 @@ def compare(options: CompareOptions) -> None:
 
 
 def check_data(plan: Plan) -> None:
-    """Raises a `UserError` if the images of a fold cannot be found, or the number of folds is not given."""
+    """Raises a `UserError` if the images of a fold do not exist, or the number of folds is missing."""
     options = plan.options
     name, fold = dataset_and_fold(options.dataset)
     if name in DATASETS and fold is None and options.folds is None:

@@ -1,4 +1,4 @@
-"""Running what is not done of a comparison: a process per run."""
+"""Runs the unfinished runs of a comparison, each in its own process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Runner:
-    """Runs the cells of a plan that are not done.
+    """Runs the unfinished cells of a plan.
 
     Args:
-        finished: The plan, its folder, and which cells are done.
+        finished: The plan, its folder and its finished cells.
 
     Attributes:
-        failures: What each failed cell said last.
+        failures: The last output line of each failed cell.
     """
 
     def __init__(self, finished: FinishedRuns) -> None:
@@ -46,10 +46,10 @@ class Runner:
         self._stopping = Event()
 
     def run(self) -> None:
-        """Runs first the cells by which the learning rates are chosen, and then all seeds at these rates.
+        """Runs the learning-rate candidates first, and then all seeds at the best rates.
 
         Raises:
-            Stopped: at a signal, once the processes have been told to save their states.
+            Stopped: at a signal, after the processes were told to save their states.
         """
         self._run_all(self.plan.all_candidates)
         self._run_all(self.finished.chosen())
@@ -66,7 +66,7 @@ class Runner:
 
     @contextmanager
     def _ending_processes(self, pool: ThreadPoolExecutor) -> Iterator[None]:
-        """When interrupted, starts no further runs, and lets those that are under way save their state."""
+        """At a signal, cancels pending runs and lets the current ones save their state."""
         try:
             yield
         except Stopped as stop:
@@ -77,7 +77,7 @@ class Runner:
             raise Stopped(stop.number, "Stopped; the same command goes on from here.") from stop
 
     def _run(self, cell: Cell) -> str | None:
-        """Trains and evaluates one cell in a process of its own; returns what went wrong."""
+        """Trains and evaluates one cell in its own process. Returns the error message; None if it succeeded."""
         folder = folder_in(self.finished.folder, *cell.name.split("/"))
         self._wait_for_other(cell)
         if self._stopping.is_set():
@@ -87,8 +87,8 @@ class Runner:
         log_path = folder / LOG_FILE
         refuse_link(log_path)
         with log_path.open("w", encoding="utf-8") as log:
-            # A session of its own, so that Ctrl-C reaches the process only once, from this one. The process reads its
-            # standard input, into which nothing is written: the end of it says that this process has ended.
+            # In a new session, Ctrl-C reaches the process only once, through this process. Its standard input is a
+            # pipe without data: when this process ends, the pipe closes, and the run ends as well.
             process = subprocess.Popen(
                 [*TRAIN, *self._flags(cell)],
                 stdin=subprocess.PIPE,
@@ -98,7 +98,7 @@ class Runner:
                 start_new_session=True,
             )
             self._processes.add(process)
-            if self._stopping.is_set():  # the process started too late to be told with the others
+            if self._stopping.is_set():  # it started after the other processes were told to stop
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             self._processes.discard(process)
@@ -106,7 +106,7 @@ class Runner:
         return None if code == 0 else last_line(log_path.read_text(errors="replace")) or f"ended with status {code}"
 
     def _wait_for_other(self, cell: Cell) -> None:
-        """Waits for a run that an earlier command, killed since, has left in the cell's folder."""
+        """Waits for a run in the cell's folder that a killed command has left behind."""
         folder = self.finished.folder_of(cell)
         holder = command_in(folder)
         if holder:
@@ -115,7 +115,7 @@ class Runner:
             holder = command_in(folder)
 
     def _environment(self) -> dict[str, str]:
-        # In a checkout the package may not be installed: then only this process knows where it is.
+        # In a git checkout, the package may not be installed. Subprocesses then need its folder in PYTHONPATH.
         search_path = os.pathsep.join(filter(None, [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, PARENT: "1", "PYTHONPATH": search_path}
         jobs = self.plan.options.jobs

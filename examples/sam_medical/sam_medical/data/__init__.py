@@ -1,4 +1,4 @@
-"""Datasets as users have them on disk: one module per dataset, one small interface for all."""
+"""Datasets: one module per dataset, and the registry that finds them by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATASETS: Registry[type[SegmentationDataset]] = Registry(
 
 
 def dataset_and_fold(name: str, fold: int | None = None) -> tuple[str, int | None]:
-    """The name of a dataset and its fold. Older versions had the fold in the name, as in abdominal-us-real-2."""
+    """Returns a dataset's name and fold. Older versions put the fold into the name: abdominal-us-real-2."""
     match = re.fullmatch(r"(.+)-(\d{1,4})", name, re.ASCII)
     if fold is None and match and name not in DATASETS and match[1] in DATASETS:
         return match[1], int(match[2])

@@ -1,8 +1,8 @@
 """Abdominal ultrasound, simulated and real, 8 labels, in the public layout.
 
-``abdominal_US/abdominal_US/{AUS,RUS}/{images,annotations}/{train,test}/``: AUS is simulated, RUS real. Masks are
-pictures in colours with smooth edges. The paper trains on simulations of twelve patients and tests on real images;
-`RealUltrasound` trains and tests on the real ones, in five folds.
+``abdominal_US/abdominal_US/{AUS,RUS}/{images,annotations}/{train,test}/``: AUS is simulated, RUS is real. Masks are
+colour images with anti-aliased edges. The paper trains on simulated images of twelve patients and tests on real
+images; `RealUltrasound` trains and tests on the real images, in five folds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLOURS = {
     "spleen": (255, 0, 255),
 }
 BACKGROUNDS = ((0, 0, 0), (10, 10, 10), (10, 0, 10))
-# Smooth edges between two colours come near a third one; what is that small is no organ.
+# A smooth edge between two colours can pass near a third colour. Smaller components are such edges, not organs.
 SPECK_PIXELS = 30
 SIMULATED = {"train": range(1, 13), "validation": range(13, 16)}
 PATIENT = re.compile(r"ct(\d+)", re.IGNORECASE)
@@ -44,7 +44,7 @@ FOLDER = "abdominal_US"
 
 
 class Ultrasound(SegmentationDataset):
-    """Trained on simulated images, tested on real ones, as in the paper."""
+    """Simulated images for training and validation, real images for the test, as in the paper."""
 
     splits: tuple[str, ...] = ("train", "validation", "test")  # type: ignore[misc]
     labels = tuple(COLOURS)
@@ -77,9 +77,9 @@ class Ultrasound(SegmentationDataset):
 
 
 class RealUltrasound(Ultrasound):
-    """The real images alone in five folds: one for the test, the next for validation, three to train.
+    """The real images in five folds: one for the test, the next one for validation, three for training.
 
-    A fold is a run of neighbours by name, since frames that follow one another show nearly the same."""
+    A fold is a run of consecutive names, because consecutive frames are nearly identical."""
 
     folds = 5
 
@@ -99,10 +99,10 @@ class RealUltrasound(Ultrasound):
 
 
 def masks_in_colours(path: Path) -> np.ndarray:
-    """A mask in colours as one bool mask a label, (K, H, W): the nearest colour's, without specks."""
+    """Returns one bool mask per label, (K, H, W), by each pixel's nearest label colour, without small components."""
     pixels = read_colours(path).astype(np.int32)
     palette = np.array([*BACKGROUNDS, *COLOURS.values()], dtype=np.int32)
-    # A colour as one number, since numpy sorts numbers a hundred times faster than rows.
+    # Pack each colour into one integer: numpy sorts integers about a hundred times faster than rows.
     numbers, where = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
     colours = numbers[:, None] >> (16, 8, 0) & 255
     nearest = ((colours[:, None] - palette) ** 2).sum(2).argmin(1)[where].reshape(pixels.shape[:2])
@@ -118,7 +118,7 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
 
 
 def _inner_folder(root: Path) -> Path:
-    """The folder that holds AUS and RUS, which the download has wrapped twice."""
+    """Returns the folder that holds AUS and RUS. The download nests it twice."""
     for folder in (root / FOLDER / FOLDER, root / FOLDER, root):
         if (folder / "RUS").is_dir() or (folder / "AUS").is_dir():
             return folder
@@ -126,7 +126,7 @@ def _inner_folder(root: Path) -> Path:
 
 
 def _pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
-    """Images with their masks, in the order of their names."""
+    """Returns (image, mask) pairs, sorted by name."""
     folders = {kind: folder / kind / part for kind in ("images", "annotations")}
     for path in folders.values():
         if not path.is_dir():
@@ -143,5 +143,5 @@ def _pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
 
 
 def _by_number(stem: str) -> list[tuple[int, str]]:
-    """So that a2 comes before a15."""
+    """A sort key that compares digits as numbers, so a2 comes before a15."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", stem)]

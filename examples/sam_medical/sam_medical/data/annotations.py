@@ -1,4 +1,4 @@
-"""What says where the labels are in an image: masks of several kinds, COCO's and labelme's outlines."""
+"""Annotations of one image: label maps, one mask per label, COCO annotations, or labelme shapes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,30 @@ from sam_medical.data.sources import Source
 
 
 class Annotation(Protocol):
+    """The labels of one image or volume."""
+
     def check(self, image: Source, reading: Reading) -> None:
-        """Raises a `UserError`, before anything is read, if it does not fit the image."""
+        """Checks that the annotation fits the image, without reading pixels. Raises a `UserError` if it does not."""
         ...
 
     def read(self, image: Source, number: int | None, size: tuple[int, int], reading: Reading) -> np.ndarray:
-        """One bool mask a label, (K, H, W), of a slice of the image."""
+        """Reads the masks of one slice.
+
+        Args:
+            image: The image that the annotation belongs to.
+            number: The slice or page; None for a 2D image.
+            size: Height and width of the slice, in pixels.
+            reading: The plane of the slices, and whether masks are resampled.
+
+        Returns:
+            One bool mask per label, (K, H, W).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LabelMaps:
-    """Masks whose values or colours are labels; several of one image are united."""
+    """Label maps: each value or colour is a label. Several label maps of one image are merged."""
 
     masks: Sequence[Source]
     names: LabelNames
@@ -52,7 +64,7 @@ class LabelMaps:
 
 @dataclass(frozen=True)
 class MaskOfEach:
-    """Masks of one label each, in the labels' order; an image that has none of a label does not have it."""
+    """Binary masks, a list of them per label. An empty list means that the image does not contain the label."""
 
     masks: Sequence[Sequence[Source]]
 
@@ -71,7 +83,7 @@ class MaskOfEach:
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """COCO's annotations of one image: polygons and run lengths, drawn as COCO's own tools draw them."""
+    """COCO annotations of one image, polygons or run lengths, rasterised by pycocotools."""
 
     path: Path
     size: tuple[int, int]
@@ -118,7 +130,7 @@ def _is_packed(outline: Any) -> bool:
 
 @dataclass(frozen=True)
 class LabelmeShapes:
-    """labelme's shapes of one image, drawn as labelme draws them."""
+    """labelme shapes of one image, rasterised as labelme does it."""
 
     path: Path
     size: tuple[int, int]
@@ -160,7 +172,7 @@ def _draw_circle(draw: ImageDraw.ImageDraw, points: Any) -> None:
 
 
 def _draw_rectangle(draw: ImageDraw.ImageDraw, points: Any) -> None:
-    """From two corners as labelme has them, or from all four as X-AnyLabeling has them."""
+    """Accepts two corners, as labelme writes them, or all four, as X-AnyLabeling writes them."""
     xs, ys = sorted(point[0] for point in points), sorted(point[1] for point in points)
     draw.rectangle([xs[0], ys[0], xs[-1], ys[-1]], outline=1, fill=1)
 
@@ -178,7 +190,7 @@ DRAWN: dict[str, tuple[int, Callable[[ImageDraw.ImageDraw, Any], None]]] = {
 
 
 def _require_size(path: Path, image: Source, said: tuple[int, int], size: tuple[int, int]) -> None:
-    """Sizes are heights and widths; zero where nothing is said."""
+    """Compares sizes (height, width). A stated size of zero means that the file states none."""
     if all(said) and said != size:
         raise UserError(
             f"{path} says that {image.path.name} is {said[1]}x{said[0]} pixels, but it is {size[1]}x{size[0]} as "

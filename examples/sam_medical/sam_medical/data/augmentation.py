@@ -1,4 +1,4 @@
-"""Random views of an image, by MONAI."""
+"""Augmentation: random transforms of an image and its masks, with MONAI."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INTERPOLATION = ("bilinear", "nearest")
 
 
 def build_augmentation(kind: str, labels: Sequence[str] = ()) -> transforms.Compose:
-    """The transforms by name, without mirrored views where labels have a side.
+    """Returns the named transforms. Flips are left out if any label has a side, such as "left kidney".
 
-    "upright" is for scans, which have a top and a bottom; "any-orientation" for histology; "published" is what the
-    paper's authors use for all: flips, rotation by 10 degrees, brightness and saturation; "none" changes nothing.
+    "upright" is for scans, which have a fixed top and bottom. "any-orientation" is for histology. "published" is the
+    paper authors' augmentation: flips, rotation by up to 10 degrees, brightness and saturation. "none" does nothing.
     """
     views = AUGMENTATIONS[kind]()
     if labels_with_a_side(labels):
@@ -76,7 +76,7 @@ def _published() -> list[transforms.Transform]:
 
 
 class RandSaturationd(RandomizableTransform, MapTransform):
-    """Moves colours (3, H, W) towards or away from their gray; MONAI has no transform for it."""
+    """Scales the saturation of an image (3, H, W) by a random factor. MONAI has no such transform."""
 
     def __init__(self, keys: str, prob: float, factors: tuple[float, float]) -> None:
         MapTransform.__init__(self, keys)

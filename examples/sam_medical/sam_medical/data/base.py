@@ -1,4 +1,4 @@
-"""What every dataset gives: images with one mask a label, the same labels for every image."""
+"""The base class of all datasets, and helpers to read image and mask files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sam_medical.data.decoding import DICOM, VOLUMES, Scan, suffix_of
 from sam_medical.data.reading import Reading, read_slice, scan_of
 from sam_medical.data.sources import is_junk, plain, source_of_file
 
-# Of ten patients or images in a row, where nobody has split them.
+# Positions within each ten consecutive patients or images, for data without a split of its own.
 TURNS = {"train": (0, 1, 2, 4, 5, 6, 8), "validation": (3,), "test": (7, 9)}
 
 
@@ -26,10 +26,10 @@ class Sample:
     """An image with its masks, at the image's own size.
 
     Attributes:
-        name: Unique within its dataset.
+        name: Unique within the dataset.
         image: (H, W, 3), float32 between zero and one.
-        masks: (K, H, W), bool, in the order of the dataset's labels; a label that is absent has a blank mask.
-        group: The patient, volume or video that it is from, whose images resemble each other; none if it stands alone.
+        masks: (K, H, W), bool, in the order of the dataset's labels; an absent label has an empty mask.
+        group: The patient, volume or video of the image. Such images resemble each other. Empty if none.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Sample:
 class SegmentationDataset(ABC):
     """One split of a dataset; ``dataset[i]`` is a `Sample`.
 
-    A reader gives the class attributes ``splits`` and ``labels``, finds its files in ``__init__`` (and complains
-    there about what is missing), and reads one image in ``read``.
+    A subclass defines the class attributes ``splits`` and ``labels``, finds its files in ``__init__`` (and raises
+    `UserError` there if files are missing), and reads one image in ``read``.
     """
 
     splits: ClassVar[tuple[str, ...]]
-    # How many folds there are. A dataset that has some gets one of them, from 1, as the fourth argument of `__init__`.
+    # Number of folds. If above 0, the fourth argument of `__init__` is the fold, starting at 1.
     folds: ClassVar[int] = 0
     labels: Sequence[str]
-    # What a person should know of what was found.
+    # Messages to the user about the files found.
     notes: Sequence[str] = ()
 
     def __init__(self, root: Path | None, split: str, reading: Reading | None = None) -> None:
@@ -63,14 +63,14 @@ class SegmentationDataset(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Sample:
-        """The image with the masks of all the dataset's labels."""
+        """Reads one image, with masks for all labels of the dataset."""
 
     def scan(self, index: int) -> Scan | None:
-        """The file of an image, decoded, where how to read it depends on what is in it."""
+        """Returns the decoded file of an image, or None if its intensities need no window and no offset."""
         return None
 
     def keep_labels(self, labels: Sequence[str]) -> None:
-        """From now on gives the masks of these labels only, in this order."""
+        """Restricts all samples to the masks of these labels, in this order."""
         self._kept = [list(self.labels).index(label) for label in labels]
         self.labels = tuple(labels)
 
@@ -87,7 +87,7 @@ class SegmentationDataset(ABC):
 
 
 def require_folder(root: Path | None, dataset: str, holding: str) -> Path:
-    """The data folder, or an error that says what it should hold."""
+    """Returns the data folder. Raises a `UserError` that names the expected content if it does not exist."""
     if root is None:
         raise UserError(f"{dataset} needs --data-root, the folder that holds {holding}.")
     if not root.is_dir():
@@ -96,10 +96,10 @@ def require_folder(root: Path | None, dataset: str, holding: str) -> Path:
 
 
 def images_by_stem(folder: Path) -> dict[str, Path]:
-    """The image files of a folder by the lower-case stem of their names.
+    """Returns the image files of a folder by the lower-case stem of their names.
 
     Raises:
-        UserError: if two of them have the same.
+        UserError: if two files have the same stem.
     """
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -112,16 +112,16 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
 
 
 def read_image(path: Path, reading: Reading | None = None) -> np.ndarray:
-    """An image file as (H, W, 3), float32 between zero and one."""
+    """Reads an image file as (H, W, 3), float32 between zero and one."""
     _require_one_picture(path)
     return read_slice(source_of_file(path), None, reading or Reading())
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask file's values, (H, W); of a grey picture saved in three channels, or four, those of the first.
+    """Reads the values of a mask file, (H, W). A grey mask may be saved with three or four channels.
 
     Raises:
-        UserError: if it is in colours.
+        UserError: if the mask is in colour.
     """
     scan = _require_one_picture(path)
     if scan.indices is not None:
@@ -135,7 +135,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_colours(path: Path) -> np.ndarray:
-    """A picture's colours, (H, W, 3)."""
+    """Reads the colours of an image file, (H, W, 3)."""
     values = _require_one_picture(path).values[0]
     return values if values.ndim == 3 else in_colour(values)
 
@@ -148,12 +148,12 @@ def _require_one_picture(path: Path) -> Scan:
 
 
 def in_colour(grey: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) as (H, W, 3)."""
+    """Repeats grey values (H, W) as three equal channels, (H, W, 3)."""
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def check_same_size(image: np.ndarray, mask: np.ndarray, mask_path: Path) -> None:
-    """Raises a UserError, naming the mask's file, if it is not of its image's height and width."""
+    """Raises a `UserError` that names the mask file if image and mask differ in height or width."""
     if image.shape[:2] != mask.shape:
         raise UserError(
             f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}; "
@@ -162,7 +162,7 @@ def check_same_size(image: np.ndarray, mask: np.ndarray, mask_path: Path) -> Non
 
 
 def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Path) -> None:
-    """Raises a UserError, naming the file and the values, if a mask holds values that belong to no label."""
+    """Raises a `UserError` that names the file and the values if a mask contains values of no label."""
     unknown = sorted(set(np.unique(mask).tolist()) - set(known))
     if unknown:
         some = ", ".join(map(str, unknown[:8])) + (" and others" if len(unknown) > 8 else "")
@@ -170,7 +170,7 @@ def require_known_values(mask: np.ndarray, known: Collection[int], mask_path: Pa
 
 
 def require_label_names(labels: Sequence[str], path: Path) -> None:
-    """Raises a UserError, naming the file, if labels cannot be folders' names, which predict.py gives their masks."""
+    """Raises a `UserError` if a label cannot be the name of a folder: predict.py writes one folder per label."""
     seen: dict[str, str] = {}
     for label in labels:
         if reason := why_not_a_folder(label):

@@ -1,9 +1,9 @@
-"""Axial slices of the MNI152 T1 brain MRI, which nilearn carries: nothing to download.
+"""Axial slices of the MNI152 T1 brain MRI. The file is part of nilearn, so nothing is downloaded.
 
-Labels come from the template's own tissue probabilities: gray or white matter where its probability is above one
-half, brain where the skull-stripped brain mask is. The volume is cut into slabs that go to train, validation and
-test in turn. Neighbouring slices are nearly the same picture, so three slices are left out between slabs; and each
-test slab that shows a brain lies between two train slabs, since anatomy beyond the trained range is another task.
+Labels come from the template's tissue probabilities: gray or white matter where the probability exceeds one half,
+and brain inside the skull-stripped brain mask. The volume is cut into slabs, which go to train, validation and test
+in turn. Three slices are left out between slabs, because neighbouring slices are nearly identical. Each test slab
+that shows brain lies between two train slabs, so the test does not require extrapolation to unseen anatomy.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sam_medical.common.errors import UserError
 from sam_medical.data.base import Sample, SegmentationDataset
 from sam_medical.data.reading import Reading
 
-# Slabs in turn, each with its number of slices, and the slices left out between two of them.
+# The repeated sequence of slabs, each with its number of slices; and the number of slices between two slabs.
 SLABS = (("train", 11), ("test", 5), ("train", 11), ("validation", 3))
 GAP = 3
-# Where the cycle of slabs starts: test slabs then lie among trained anatomy, and the tapering ends of the brain, from
-# which labels vanish one by one, are for training and validation. The last slices, above the brain, are blank.
+# The first slice of the cycle of slabs. It places test slabs inside the trained anatomy. The tapering ends of the
+# brain, where labels vanish one after the other, go to train and validation. The last slices show no brain.
 CYCLE_START = -22
 DEPTH = 162
-# The field of view: the box around the brain, and a margin of eight millimetres.
+# The field of view: the bounding box of the brain plus a margin of 8 mm.
 LEFT, RIGHT = 18, 179
 BACK, FRONT = 19, 216
 TISSUE_PROBABILITY = 0.5
@@ -56,7 +56,7 @@ class BrainMri(SegmentationDataset):
 
 
 def slices_of(split: str) -> list[int]:
-    """The slices of a split, as indices along the template's third axis."""
+    """Returns the slices of a split, as indices along the template's third axis."""
     chosen: list[int] = []
     start = CYCLE_START
     for name, thickness in cycle(SLABS):
@@ -70,7 +70,7 @@ def slices_of(split: str) -> list[int]:
 
 @cache
 def _load_volumes() -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """T1 (X, Y, Z) between zero and one, and one bool volume a label."""
+    """Returns T1 (X, Y, Z) between zero and one, and one bool volume per label."""
     from nilearn import datasets
 
     t1, gray, white = (
@@ -82,5 +82,5 @@ def _load_volumes() -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
 
 
 def _upright(plane: np.ndarray) -> np.ndarray:
-    """The field of view of an (X, Y) plane as rows and columns of a picture, the face at the top."""
+    """Crops an (X, Y) plane to the field of view and returns rows and columns, with anterior at the top."""
     return np.ascontiguousarray(plane[LEFT:RIGHT, BACK:FRONT].T[::-1])

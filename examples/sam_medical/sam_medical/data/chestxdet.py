@@ -1,8 +1,8 @@
 """ChestX-Det: findings in chest X-rays, 13 labels, in the public layout.
 
-``ChestX_Det_train.json`` and ``ChestX_Det_test.json`` list the images with a polygon for each finding; the images lie
-in ``train_data`` and ``test_data``, or in any other folder beside the lists. Findings overlap, so each label has a
-mask of its own. Split by the paper's number; its test takes every fifth image.
+``ChestX_Det_train.json`` and ``ChestX_Det_test.json`` list the images with a polygon for each finding; the images are
+in ``train_data`` and ``test_data``, or in any other folder beside the lists. Findings overlap, so each label has its
+own mask. The split follows the paper, by image number. The paper's test set is every fifth test image.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChestXDet(SegmentationDataset):
 
 
 def _find_images(root: Path, usual: str, names: list[str]) -> dict[str, Path]:
-    """The images by name: from the usual folder, or where they are in no other folder than one."""
+    """Finds images by name: first in the usual folder, then anywhere below the root if the name is unique there."""
     found = {name: root / usual / name for name in names if (root / usual / name).is_file()}
     wanted = set(names) - found.keys()
     if wanted:
@@ -86,7 +86,7 @@ def _find_images(root: Path, usual: str, names: list[str]) -> dict[str, Path]:
 
 
 def masks_of(record: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """The polygons of a record as one bool mask a label, (K, H, W)."""
+    """Rasterises the polygons of a record as one bool mask per label, (K, H, W)."""
     masks = [Image.new("1", (width, height)) for _ in LABELS]
     for symptom, polygon in zip(record["syms"], record["polygons"], strict=True):
         ImageDraw.Draw(masks[LABELS.index(symptom)]).polygon([tuple(point) for point in polygon], fill=1, outline=1)
@@ -94,10 +94,10 @@ def masks_of(record: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, each of which must be whole.
+    """Reads the records of a file and checks that each one is complete.
 
     Raises:
-        UserError: if the file cannot be read, or a record has another label, or not a polygon for each finding.
+        UserError: if the file cannot be read, or a record has an unknown label or not one polygon per finding.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))

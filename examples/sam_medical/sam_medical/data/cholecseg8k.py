@@ -1,7 +1,7 @@
 """CholecSeg8k: frames of gall bladder surgery, 12 labels, in the public layout.
 
-``videoNN/videoNN_FFFFF/frame_K_endo.png`` with ``frame_K_endo_watershed_mask.png`` beside it, whose grey values are
-the labels. Split by video, as in the paper, which tests on every tenth frame of its test videos.
+``videoNN/videoNN_FFFFF/frame_K_endo.png`` with ``frame_K_endo_watershed_mask.png`` beside it, a label map
+of grey values. The split is by video, as in the paper. The paper's test set is every tenth frame of its test videos.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sam_medical.data.base import (
 )
 from sam_medical.data.reading import Reading
 
-# Decimal, though Kaggle's table prints them as if they were hexadecimal.
+# Decimal values. Kaggle's table prints them as if they were hexadecimal.
 VALUES = {
     "abdominal wall": 11,
     "liver": 21,

@@ -1,7 +1,8 @@
-"""One way in: whatever the file, its values as they are meant, and where they lie in space.
+"""Decodes every supported file format into a `Scan`: its values and, for volumes, its affine.
 
-Well-kept libraries decode: nibabel NIfTI, SimpleITK NRRD, MetaImage and DICOM, tifffile deep pictures and stacks,
-pillow all other pictures. What is done here is to say of each what it is, and to refuse what would be guessed at.
+Libraries do the decoding: nibabel for NIfTI, SimpleITK for NRRD, MetaImage and DICOM, tifffile for TIFF stacks and
+TIFF of more than 8 bits, Pillow for all other images. This module normalises their results and rejects files that
+have more than one interpretation.
 """
 
 from __future__ import annotations
@@ -29,41 +30,41 @@ TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 PICTURES = (".bmp", ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pnm")
 VOLUMES = (*NIFTI, *ITK)
 EXTENSIONS = (*PICTURES, *TIFF, *DICOM, *VOLUMES)
-# Of one picture: as three floats a pixel it takes 1.2 GB.
+# Limit per image. As three float32 values per pixel, such an image takes 1.2 GB.
 MOST_PIXELS = 100_000_000
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")
-# Of pictures that hold several: what is shown one after the other. Phones put previews into their JPEGs.
+# Formats whose frames are a sequence. JPEG is not one: phones store previews in it.
 SEQUENCES = ("GIF", "WEBP", "PNG")
-# TIFF's photometric for CMYK, and for grey of which zero is white or black; and its format of signed numbers.
+# TIFF's photometric interpretations of CMYK and of grey with zero as white or as black; its signed sample format.
 SEPARATED, WHITE_IS_ZERO, BLACK_IS_ZERO, SIGNED = 5, 0, 1, 2
-# Of a TIFF stack without compression: as much as is left on the disk until it is looked at; and of any other, decoded.
+# In bytes: uncompressed TIFF stacks above the first limit are memory-mapped, others may decode to at most the second.
 MAPPED_FROM, MOST_BYTES = 64_000_000, 8_000_000_000
 RUN_LENGTHS, BIG_ENDIAN = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
-# Of a unit, by NIfTI's names.
+# Millimetres per unit, by NIfTI's names of the units.
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
-# Of a scan's values, by which it is judged.
+# How many values of a scan are sampled for statistics.
 SAMPLED = 2_000_000
 COLOUR_DTYPES = (("R", "G", "B"), ("R", "G", "B", "A"))
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file, or a DICOM series, holds.
+    """The decoded content of a file or a DICOM series.
 
     Attributes:
-        path: The file; of a series its folder.
-        values: With a place in space (X, Y, Z), or (X, Y, Z, 3) in colour; without one (N, H, W), or (N, H, W, 3).
-        affine: Voxel indices to millimetres, RAS+; None for pictures.
-        is_stack: Whether it is more than one picture even if it has one page or slice.
-        modality: DICOM's, such as CT; empty where nobody says it.
-        indices: Of a picture with a palette, or of few bits, the numbers that are stored, (N, H, W).
-        grey_palette: Whether the palette holds greys alone, as tools that save space write a picture in grey.
-        alpha: (N, H, W), of eight bits, where there is any.
-        lossy: Whether the format changes values.
-        files: Of DICOM, the slices in their order, or the one file.
-        frames: Of a DICOM file of several slices, the numbers of its frames in the slices' order.
-        pixel_mm2: Of a DICOM picture, the area of a pixel, where it says so.
-        remark: What was done to its values, if anything.
+        path: The file, or the folder of a series.
+            values: With an affine (X, Y, Z), or (X, Y, Z, 3) in colour; without one (N, H, W), or (N, H, W, 3).
+            affine: From voxel indices to millimetres, RAS+; None for 2D images and stacks.
+            is_stack: True for volumes and stacks, even if they have a single slice or page.
+            modality: The DICOM modality, such as CT; empty if unknown.
+            indices: The stored numbers (N, H, W) of an image with a palette or with fewer than 8 bits.
+            grey_palette: Whether the palette contains greys only. Some tools write grey images this way to save space.
+            alpha: The 8-bit alpha channel, (N, H, W), if there is one.
+            lossy: Whether the format uses lossy compression.
+            files: The files of a DICOM series in slice order, or the one DICOM file.
+            frames: The frame numbers of a multi-frame DICOM file in slice order.
+            pixel_mm2: The area of a pixel of a 2D DICOM image, in mm2, if the file states it.
+            remark: How the values were changed, if they were.
     """
 
     path: Path
@@ -94,9 +95,9 @@ class Scan:
 
     @cached_property
     def finite_range(self) -> tuple[float, float]:
-        """The lowest and the highest value that is a number."""
+        """The lowest and the highest finite value."""
         lows, highs = [], []
-        for plane in self.values:  # each alone, since a large volume has no room for a copy of itself
+        for plane in self.values:  # plane by plane: a copy of a large volume may not fit into memory
             numbers = plane if plane.dtype.kind in "iub" else plane[np.isfinite(plane)]
             if numbers.size:
                 lows.append(float(numbers.min()))
@@ -107,20 +108,20 @@ class Scan:
 
     @cached_property
     def sample(self) -> np.ndarray:
-        """Some million of the values that are numbers, evenly taken, the same ones each time."""
+        """Up to about four million finite values at a fixed stride, so the sample is always the same."""
         flat = self.values.reshape(-1)
         flat = flat[:: max(1, flat.size // SAMPLED)]
         return flat if flat.dtype.kind in "iub" else flat[np.isfinite(flat)]
 
 
 def suffix_of(name: str) -> str:
-    """The known ending of a file's name, in small letters; empty if there is none."""
+    """Returns the known extension of a file name, in lower case; empty if it has none."""
     lower = name.lower()
     return next((suffix for suffix in sorted(EXTENSIONS, key=len, reverse=True) if lower.endswith(suffix)), "")
 
 
 def is_dicom(path: Path) -> bool:
-    """By its name, or where that says nothing by its first bytes."""
+    """Whether a file is DICOM, by its extension or, if it has none, by its first bytes."""
     if suffix_of(path.name) in DICOM:
         return True
     if path.suffix and not path.suffix[1:].isdigit():
@@ -130,10 +131,10 @@ def is_dicom(path: Path) -> bool:
 
 
 def is_one_picture(path: Path) -> bool:
-    """Whether that is plain from the beginning of a file, without decoding it.
+    """Whether the header alone shows that a file contains exactly one 2D image. False also means "unknown".
 
     Raises:
-        UserError: if it is too large to be decoded.
+        UserError: if the image is too large to be decoded.
     """
     if suffix_of(path.name) not in (*PICTURES, *TIFF):
         return False
@@ -141,14 +142,18 @@ def is_one_picture(path: Path) -> bool:
         with _open_picture(path) as image:
             return image.format not in (*SEQUENCES, "TIFF") or getattr(image, "n_frames", 1) == 1
     except (OSError, SyntaxError, ValueError):
-        return False  # which decoding will say more of
+        return False  # decoding reports the error
 
 
 def decode(path: Path, files: tuple[Path, ...] = ()) -> Scan:
-    """Reads a file, or the files of a DICOM series.
+    """Decodes a file or a DICOM series.
+
+    Args:
+        path: The file, or the folder of the series.
+        files: The files of the series in slice order; empty for a single file.
 
     Raises:
-        UserError: if it is damaged, or not one picture, one stack of pictures or one volume.
+        UserError: if the file is damaged, or is not a single image, stack or volume.
     """
     suffix = suffix_of(path.name)
     if files:
@@ -183,7 +188,7 @@ def _guarded(path: Path, kind: str, read: Callable[[], Scan]) -> Scan:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says went wrong: ITK says in the first line where in its own source, and in the last what."""
+    """Returns the informative line of an error. ITK puts its source location first and the reason last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines and "SimpleITK" in lines[0] else first_line(error)
 
@@ -215,7 +220,7 @@ def _read_nifti(path: Path) -> Scan:
 
 
 def affine_in_mm(file: Any) -> np.ndarray:
-    """nibabel leaves an affine in the header's units; ITK, and all here, go by millimetres."""
+    """Returns the affine of a nibabel image in millimetres. nibabel keeps the unit of the header."""
     unit = file.header.get_xyzt_units()[0] if hasattr(file.header, "get_xyzt_units") else "mm"
     return np.diag([*[MILLIMETRES.get(unit, 1.0)] * 3, 1.0]) @ file.affine
 
@@ -226,7 +231,7 @@ def _read_itk(path: Path) -> Scan:
 
 
 def _scan_of_itk(path: Path, image: Any) -> Scan:
-    """(X, Y, Z) from ITK's image, whose arrays begin with Z."""
+    """Converts an ITK image to a `Scan` with axes (X, Y, Z). ITK arrays start with Z."""
     itk = simpleitk()
     values = itk.GetArrayFromImage(image)
     channels, dimension = image.GetNumberOfComponentsPerPixel(), image.GetDimension()
@@ -250,13 +255,13 @@ def _read_series(path: Path, files: tuple[Path, ...]) -> Scan:
     reader.SetFileNames([str(file) for file in files])
     single = _itk_reader(files[0])
     if single.GetNumberOfComponents() == 1:
-        reader.SetOutputPixelType(itk.sitkFloat32)  # or the first slice's, which cuts off what others have
+        reader.SetOutputPixelType(itk.sitkFloat32)  # the first slice's type may clip the others
     scan = _scan_of_itk(path, reader.Execute())
     return replace(scan, modality=_tag(single, "0008|0060"), files=files)
 
 
 def _read_dicom(path: Path) -> Scan:
-    """A file by itself: a picture, or several frames, as it is stored; in space only if it says where frames are."""
+    """Reads a single DICOM file. It becomes a volume only if the header gives the positions of its frames."""
     header = pydicom().dcmread(path, stop_before_pixels=True, force=True)
     modality = str(header.get("Modality", ""))
     if modality == "SEG":
@@ -267,7 +272,7 @@ def _read_dicom(path: Path) -> Scan:
     if _is_misread(header):
         raise UserError(f"{path} is stored in a rare way, which ITK misreads; save it uncompressed, with dcmconv +te.")
     image = _itk_reader(path).Execute()
-    # ITK has turned MONOCHROME1, whose highest is black, round.
+    # ITK has inverted MONOCHROME1 already, where the highest value is black.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
     if image.GetDimension() == 3 and image.GetSize()[2] > 1 and _has_places(header):
         return _in_order(scan, header)
@@ -278,7 +283,7 @@ def _read_dicom(path: Path) -> Scan:
 
 
 def _is_misread(header: Any) -> bool:
-    """Deep colours by run lengths, and 32 bits with the high end first."""
+    """Whether ITK misreads the file: run-length encoded colours above 8 bits, or big-endian values above 16 bits."""
     syntax, bits = header.file_meta.get("TransferSyntaxUID"), int(header.get("BitsAllocated") or 8)
     return (syntax == RUN_LENGTHS and header.get("SamplesPerPixel") == 3 and bits > 8) or (
         syntax == BIG_ENDIAN and bits > 16
@@ -286,7 +291,7 @@ def _is_misread(header: Any) -> bool:
 
 
 def _in_order(scan: Scan, header: Any) -> Scan:
-    """Frames from one end to the other: DICOM lets them come in any order, and ITK takes them as they come."""
+    """Sorts frames by position. DICOM allows any order, and ITK keeps the order of the file."""
     shared = header.get("SharedFunctionalGroupsSequence", [None])[0]
     frames = header.PerFrameFunctionalGroupsSequence
 
@@ -331,7 +336,7 @@ def _tag(reader: Any, key: str) -> str:
 
 
 def _has_places(header: Any) -> bool:
-    """Whether a file of several frames says where they are, as enhanced CT and MR do, and films do not."""
+    """Whether a multi-frame header gives the frame positions. Enhanced CT and MR do so, cine files do not."""
     groups = [
         *header.get("SharedFunctionalGroupsSequence", []),
         *header.get("PerFrameFunctionalGroupsSequence", [])[:1],
@@ -375,9 +380,9 @@ def _read_tiff(path: Path) -> Scan:
 
 
 def _whole_pages(path: Path, file: Any) -> tuple[np.ndarray, str]:
-    """The pages of a TIFF file and their axes, in tifffile's letters; without previews.
+    """Returns the full-size pages of a TIFF file, without previews, and their axes in tifffile's letters.
 
-    Pages that were written one by one are a series each, and a stack together.
+    Pages written one by one are separate series in tifffile. They are stacked here.
     """
     whole = [series for series in file.series if not all(part.is_reduced for part in series.pages if part)]
     first = whole[0]
@@ -398,7 +403,7 @@ def _whole_pages(path: Path, file: Any) -> tuple[np.ndarray, str]:
 
 
 def _pages_of(path: Path, values: np.ndarray, axes: str) -> tuple[np.ndarray, bool]:
-    """(N, H, W) or (N, H, W, channels), and whether there is an axis of pages."""
+    """Returns values as (N, H, W) or (N, H, W, channels), and whether the file has an axis of pages."""
     rest = [axis for axis in axes if axis not in "YXS"]
     for axis in list(rest):
         if values.shape[axes.index(axis)] == 1:
@@ -432,7 +437,7 @@ def _read_picture(path: Path) -> Scan:
 
 
 def _open_picture(path: Path) -> Image.Image:
-    Image.MAX_IMAGE_PIXELS = None  # we say more clearly what is too large
+    Image.MAX_IMAGE_PIXELS = None  # `_check_pixels` reports large images with a clearer message
     image = Image.open(path)
     _check_pixels(path, *image.size)
     return image
@@ -477,7 +482,7 @@ def _is_grey(colours: np.ndarray) -> bool:
 
 
 def _factor_of_few_bits(path: Path, image: Image.Image) -> int:
-    """What a grey value of two or four bits has been multiplied with to have eight; 0 for others."""
+    """Returns the factor by which Pillow scaled 2-bit or 4-bit grey values to 8 bits; 0 for other images."""
     if image.format == "TIFF":
         bits, photometric = (image.tag_v2.get(tag) for tag in (258, 262))  # type: ignore[attr-defined]
         is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and bits is not None

@@ -1,4 +1,4 @@
-"""What a person should know of a file whose pictures may come out black, white or empty."""
+"""Detects files whose images may come out black, white or empty after the intensity mapping."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sam_medical.data.intensity import AIR, AUTO_CT, AUTO_PERCENTILE, bounds_of,
 from sam_medical.data.offset import NONE, THOUSAND, looks_like_1024
 from sam_medical.data.reading import Reading
 
-# Of the values, beyond which a window shows next to nothing of a file.
+# Share of values outside the window, above which the window shows almost nothing of a file.
 MOST_OUTSIDE = 0.99
-# Less than tissues differ by in Hounsfield units.
+# In Hounsfield units. Tissues differ by more than this.
 LEAST_RANGE = 20
-# Of 255, below which a screen shows black.
+# Of 255. Screens show lower values as black.
 NEARLY_BLACK = 16
 DARK = (
     "have eight bits and nothing brighter than 15 of 255, which is nearly black; give --intensity min-max to see them"
@@ -21,11 +21,11 @@ DARK = (
 
 
 def doubt_about(scan: Scan, reading: Reading) -> str:
-    """What is doubtful, as "hold one value everywhere", and what to do; empty for nearly every file.
+    """Returns the problem and its remedy as the end of a sentence about files; empty for nearly every file.
 
     Args:
-        scan: As it is read, without its offset.
-        reading: How.
+        scan: The scan after its offset was removed.
+        reading: How the file is read.
     """
     low, high = scan.finite_range
     if low == high:
@@ -62,7 +62,7 @@ def _may_be_phases(scan: Scan) -> bool:
 
 
 def _is_normalised(scan: Scan) -> bool:
-    """Whether somebody has brought values to 0 to 1, -1 to 1, a deviation of one, or 0 to 255."""
+    """Whether the values look normalised: to 0 to 1, to -1 to 1, to unit variance, or to 0 to 255."""
     low, high = scan.finite_range
     first, last = np.percentile(scan.sample, (0.5, 99.5))
     return bool(last - first < LEAST_RANGE) or (low, high) == (0, 255)

@@ -1,4 +1,4 @@
-"""Images and volumes of one's own, without masks, to predict on."""
+"""Images and volumes without masks, for prediction."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from sam_medical.data.sources import Source, find_sources, source_of_file
 
 
 def sources_to_segment(path: Path, skip: Sequence[Path] = ()) -> tuple[list[Source], list[Path]]:
-    """A file, or what is in a folder and its folders; and the files that are not images.
+    """Finds the images in a file or, recursively, in a folder.
 
     Args:
         path: The file or folder.
-        skip: Folders to leave out, as that of the masks.
+        skip: Folders to leave out, such as the output folder.
+
+    Returns:
+        The images, and the files that are not images.
 
     Raises:
-        UserError: if there is nothing to segment.
+        UserError: if there is no image.
     """
     if path.is_file():
         if not suffix_of(path.name) and not is_dicom(path):
@@ -37,7 +40,7 @@ def sources_to_segment(path: Path, skip: Sequence[Path] = ()) -> tuple[list[Sour
 
 
 class Slices:
-    """The slices of one source, or the picture that it is; each is a `Sample` with no masks, (0, H, W)."""
+    """The slices of one source. Each is a `Sample` without masks: their shape is (0, H, W)."""
 
     def __init__(self, source: Source, reading: Reading) -> None:
         self.source = source

@@ -1,7 +1,7 @@
-"""Where the voxels of a volume are in the patient: orientation, and whether two files lie on each other.
+"""Orientation of volumes, and whether two volumes share a grid.
 
-Affines map voxel indices to millimetres, rightwards, forwards and upwards (RAS+), as nibabel has it. A volume is
-looked at as (slices, rows, columns): flips and permutations of what the file holds, never interpolated.
+Affines map voxel indices to millimetres in RAS+, as in nibabel. Slices are cut from a volume as (slices, rows,
+columns) by flips and permutations of its axes, without interpolation.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from nibabel.orientations import (
     ornt_transform,
 )
 
-# Where slices, rows and columns go in each plane: the front of an axial slice, and the top of the others, is above.
+# Direction of slices, rows and columns per plane. Anterior is at the top of axial slices, superior of the others.
 PLANES = {"axial": "SPR", "coronal": "AIR", "sagittal": "RIP"}
-# As adapters made before the planes were given saw a volume: along its last axis, whatever that was.
+# The plane of older adapters: slices along the last stored axis, whatever its direction.
 STORED = "stored"
-# Of the smallest voxel side: what rounding in headers may come to.
+# Share of the smallest voxel side, for the rounding of headers.
 TOLERANCE = 0.1
 
 
 def orientation_of(affine: np.ndarray) -> str:
-    """In letters, such as RAS."""
+    """Returns the orientation as letters, such as RAS."""
     ends = (("L", "R"), ("P", "A"), ("I", "S"))
     return "".join(ends[int(axis)][int(direction > 0)] for axis, direction in io_orientation(affine))
 
 
 def is_usable(affine: np.ndarray) -> bool:
-    """Whether each axis of the volume goes somewhere of its own."""
+    """Whether an affine is finite and its axes are independent."""
     return bool(np.isfinite(affine).all() and np.isfinite(io_orientation(affine)).all())
 
 
 def turn_to_plane(affine: np.ndarray, plane: str) -> np.ndarray:
-    """The flips and permutations, as nibabel writes them, from a file's axes to (slices, rows, columns)."""
+    """Returns nibabel's orientation transform from the stored axes to (slices, rows, columns)."""
     if plane == STORED:
         # From (X, Y, Z): slices along Z, rows along Y from its end, columns along X.
         return np.array([[2, 1], [1, -1], [0, 1]])
@@ -46,12 +46,12 @@ def turn_to_plane(affine: np.ndarray, plane: str) -> np.ndarray:
 
 
 def turned(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """A view of the volume (X, Y, Z, ...) in that orientation."""
+    """Applies an orientation transform to a volume (X, Y, Z, ...). The result is a view."""
     return apply_orientation(values, turn)
 
 
 def turned_back(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """What `turned` has turned, as it was."""
+    """Inverts `turned`."""
     inverse = np.zeros_like(turn)
     for axis, (target, direction) in enumerate(turn):
         inverse[int(target)] = (axis, direction)
@@ -61,10 +61,10 @@ def turned_back(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
 def onto_grid(
     values: np.ndarray, affine: np.ndarray, grid_shape: tuple[int, ...], grid_affine: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """A volume by flips and permutations as near to another grid as they can bring it, and the distance left.
+    """Flips and permutes the axes of a volume to match another grid as closely as possible.
 
     Returns:
-        The volume, and how far apart the farthest corners are, in millimetres.
+        The volume, and the largest distance between corresponding corners, in millimetres.
     """
     if values.shape[:3] == grid_shape and corner_distance(affine, grid_affine, grid_shape) <= tolerance(grid_affine):
         return values, 0.0
@@ -77,7 +77,7 @@ def onto_grid(
 def corner_distance(
     affine: np.ndarray, other: np.ndarray, other_shape: tuple[int, ...], shape: tuple[int, ...] | None = None
 ) -> float:
-    """The farthest that two volumes' corners are apart, in millimetres."""
+    """Returns the largest distance between corresponding corners of two volumes, in millimetres."""
     ends = [_corners(shape or other_shape, affine), _corners(other_shape, other)]
     return float(np.linalg.norm(ends[0] - ends[1], axis=1).max())
 
@@ -89,7 +89,7 @@ def tolerance(affine: np.ndarray) -> float:
 def resampled(
     values: np.ndarray, affine: np.ndarray, grid_shape: tuple[int, ...], grid_affine: np.ndarray
 ) -> np.ndarray:
-    """The value of the nearest voxel at each point of another grid; zero outside."""
+    """Resamples a volume onto another grid by nearest neighbour; zero outside of the volume."""
     from nibabel.nifti1 import Nifti1Image
     from nibabel.processing import resample_from_to
 
@@ -99,7 +99,7 @@ def resampled(
 
 
 def ras_affine(spacing: tuple[float, ...], origin: tuple[float, ...], direction: tuple[float, ...]) -> np.ndarray:
-    """From what ITK says of a volume, whose millimetres go leftwards and backwards (LPS+)."""
+    """Returns the RAS+ affine of an ITK image, whose coordinates are LPS+. Spacing and origin are in millimetres."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(direction, (3, 3)) * np.asarray(spacing)
     affine[:3, 3] = origin

@@ -1,8 +1,8 @@
 """GlaS / Warwick-QU: glands in colon histology, in the public flat layout.
 
-``Warwick_QU_Dataset/{train,testA,testB}_N.bmp`` with ``{train,testA,testB}_N_anno.bmp`` beside each, whose values
-above zero are gland. Other image extensions with the same stems are read as well. Since the published code selects
-its checkpoint on the test images, validation images are held out of train here: every sixth of them by number.
+``Warwick_QU_Dataset/{train,testA,testB}_N.bmp`` with ``{train,testA,testB}_N_anno.bmp`` beside each;
+mask values above zero are gland. Other image extensions with the same stems work too. The published code selects its
+checkpoint on the test images. Here every sixth training image, by number, is held out for validation instead.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Glas(SegmentationDataset):
 
 
 def _file_prefix(split: str) -> str:
-    """The paper's test images are testA; testB is apart because it is harder."""
+    """Returns the first part of a split's file names. The paper's test set is testA; testB is harder."""
     return {"validation": "train", "test": "testA"}.get(split, split)
 
 
 def _stems_of(split: str, stems: Iterable[str]) -> list[str]:
-    """The split's lower-case stems, by their numbers."""
+    """Returns the lower-case stems of a split, sorted by number."""
     pattern = re.compile(rf"{_file_prefix(split).lower()}_(\d+)")
     numbered = sorted((int(match[1]), match[0]) for match in map(pattern.fullmatch, stems) if match)
     if split in ("train", "validation"):

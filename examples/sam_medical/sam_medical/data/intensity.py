@@ -1,4 +1,4 @@
-"""From a file's values to what the model sees: three channels between zero and one."""
+"""Intensity mapping: from the values of a file to the model's three input channels between zero and one."""
 
 from __future__ import annotations
 
@@ -28,31 +28,36 @@ WINDOWS = {
 SOFT_TISSUE = WINDOWS["soft-tissue"]
 ROBUST = (0.5, 99.5)
 AUTO, AUTO_CT, AUTO_PERCENTILE = "auto", "auto:ct", "auto:percentile"
-# How adapters saw their images that were made before there was a choice.
+# The mapping of adapters that are older than the choice of a mapping.
 LEGACY = "legacy"
-# Air, and what is outside the field of view; no tissue and no other modality's background is there.
+# Hounsfield units of air, which no tissue and no other modality's background has; and of padding below it.
 AIR = (-1100.0, -900.0)
 PADDING = -1500.0
 LEAST_AIR = 0.005
-# How many values of padding a file may have, and the share of all other values that may be below air beside them.
+# The number of distinct padding values, and the share of the remaining values that may be below air.
 MOST_PADDINGS, MOST_BELOW_AIR = 3, 0.15
-# Of an image's voxels, above which its lowest value or zero is background.
+# Share of voxels from which on the lowest value, or zero, counts as background.
 LEAST_BACKGROUND = 0.01
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """How values become grey: a kind, and its numbers, a pair for each window."""
+    """An intensity mapping.
+
+    Attributes:
+        kind: The mapping, such as "window" or "percentile".
+        pairs: One (centre, width) pair per window, in the file's units; or one pair of percentiles.
+    """
 
     kind: str
     pairs: tuple[tuple[float, float], ...] = ()
 
 
 def parse_intensity(text: str) -> Intensity:
-    """From the option.
+    """Parses the option ``intensity``.
 
     Raises:
-        UserError: if it is none of `INTENSITY_FORMS`.
+        UserError: if the text is not one of `INTENSITY_FORMS`.
     """
     kind, _, rest = text.strip().lower().partition(":")
     if text in (AUTO, AUTO_CT, AUTO_PERCENTILE, LEGACY, "min-max", "eight-bit"):
@@ -78,7 +83,7 @@ def is_intensity(text: str) -> bool:
 
 
 def _windows(text: str) -> tuple[tuple[float, float], ...]:
-    """Pairs of centre and width, given as numbers or by name; nothing if some of it is neither."""
+    """Parses pairs of centre and width, given as numbers or by name. Returns nothing if a word is neither."""
     words = [word for word in re.split(r"[\s,;/|+]+", text) if word]
     windows: list[tuple[float, float]] = []
     numbers: list[float] = []
@@ -104,7 +109,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def is_ct(scan: Scan, modality: str = "") -> bool:
-    """By what somebody says, or by values: Hounsfield units have air near -1000, or padding far below it."""
+    """Whether a scan is CT, by its modality or, if that is unknown, by its values.
+
+    Hounsfield units show air near -1000, or padding far below it.
+    """
     said = modality or scan.modality
     if said:
         return said.upper() in ("CT", "CBCT")
@@ -122,7 +130,7 @@ def is_ct(scan: Scan, modality: str = "") -> bool:
 
 
 def is_spread_below_air(scan: Scan) -> bool:
-    """Whether values below air are many, as an MRI's phases are, and not a scanner's few values of padding."""
+    """Whether many distinct values are below air, as in MRI phase images. A CT scanner's padding has a few values."""
     sample = scan.sample
     below = sample[sample < AIR[0]]
     _, counts = np.unique(below, return_counts=True)
@@ -131,9 +139,13 @@ def is_spread_below_air(scan: Scan) -> bool:
 
 
 def settle(intensity: str, scans: Iterable[tuple[Scan, str]]) -> str:
-    """``auto``, made definite by the training images, so that no later image is read in another way.
+    """Resolves ``auto`` by a majority vote of the training images, so that all later images are read the same way.
 
-    Images of eight bits are no reason for either, and stay as they are.
+    8-bit images do not vote, and their values are kept.
+
+    Args:
+        intensity: The option's value. Anything but ``auto`` is returned unchanged.
+        scans: Training scans, each with its modality, empty if unknown.
     """
     if intensity != AUTO:
         return intensity
@@ -144,7 +156,7 @@ def settle(intensity: str, scans: Iterable[tuple[Scan, str]]) -> str:
 
 
 def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple[float, float]], str]:
-    """What becomes of a file: the values that become zero and one, and why, in words."""
+    """Describes the mapping of a file: the (zero, one) values per window, and the reason in words."""
     bounds = bounds_of(intensity, scan, modality)
     if bounds is None:
         return [(0.0, 255.0)], "eight bits, as they are"
@@ -157,12 +169,12 @@ def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple
 
 
 def bounds_of(intensity: str, scan: Scan, modality: str = "") -> list[tuple[float, float]] | None:
-    """The values that become zero and one, a pair for each window; None where eight bits stay as they are."""
+    """Returns the values mapped to zero and to one, one pair per window; None if 8-bit values are kept."""
     return _bounds(parse_intensity(intensity), scan, modality)
 
 
 def to_channels(plane: np.ndarray, scan: Scan, intensity: Intensity, modality: str = "") -> np.ndarray:
-    """A plane of a scan, (H, W) or (H, W, 3), as (H, W, 3), float32 between zero and one."""
+    """Maps a plane of a scan, (H, W) or (H, W, 3), to (H, W, 3), float32 between zero and one."""
     bounds = _bounds(intensity, scan, modality)
     if bounds is None:
         grey = plane.astype(np.float32) / 255
@@ -180,7 +192,7 @@ def _three(channels: list[np.ndarray]) -> np.ndarray:
 
 
 def _bounds(intensity: Intensity, scan: Scan, modality: str) -> list[tuple[float, float]] | None:
-    """What becomes zero and what one, for each window; None to take eight bits as they are."""
+    """Returns the values mapped to zero and to one, one pair per window; None if 8-bit values are kept."""
     kind = intensity.kind
     if kind == "eight-bit":
         return None
@@ -207,10 +219,10 @@ def _cached_percentiles(scan: Scan, percents: tuple[float, float]) -> tuple[floa
 
 
 def robust_range(values: np.ndarray, percents: tuple[float, float] = ROBUST) -> tuple[float, float]:
-    """Percentiles of what is not background: of values other than zero or the lowest, where many have it.
+    """Returns two percentiles of the foreground.
 
-    The background itself becomes zero: it counts as the lower end if it lies near, but not where padding lies so far
-    below that it would take up half of the range.
+    The lowest value and zero are background if many voxels have them. The background is mapped to zero. It becomes the
+    lower bound only if it is close to the foreground: distant padding would take up more than half of the range.
     """
     low = values.min()
     backgrounds = [b for b in {float(low), 0.0} if np.mean(values == b) >= LEAST_BACKGROUND]

@@ -1,4 +1,4 @@
-"""What the labels are called, and which values or colours stand for them: labels.json, and nnU-Net's dataset.json."""
+"""Label names and their values or colours, from labels.json or nnU-Net's dataset.json."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RULE = (
 
 @dataclass(frozen=True)
 class LabelNames:
-    """Labels by the values, or by the colours, that a mask has for them.
+    """The labels of a label map, with their values or colours.
 
     Attributes:
-        values: The numbers of each label; nothing if it is colours.
-        colours: The colour of each label; nothing if it is numbers.
-        backgrounds: Colours, beside black, that are no label.
+        values: The values of each label; empty if labels have colours.
+        colours: The colour of each label; empty if labels have values.
+        backgrounds: Further background colours besides black.
     """
 
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -41,10 +41,10 @@ class LabelNames:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, in whichever of Unicode's encodings, with or without its mark.
+    """Reads a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
-        UserError: if it is none, or gives a key twice.
+        UserError: if the file is not JSON, or repeats a key.
     """
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
@@ -53,15 +53,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_label_names(path: Path) -> LabelNames:
-    """What ``labels.json`` says."""
+    """Reads ``labels.json``. Raises as `label_names`."""
     return label_names(read_json(path), path)
 
 
 def label_names(content: Any, path: Path) -> LabelNames:
-    """From {"liver": 1}, {"liver": "#ff0000"}, or the other way round, {"1": "liver"}.
+    """Parses {"liver": 1}, {"liver": "#ff0000"}, or the inverse {"1": "liver"}.
+
+    Args:
+        content: The parsed JSON.
+        path: The file, for error messages.
 
     Raises:
-        UserError: if values are missing, of two kinds, or of two labels at once.
+        UserError: if a value is missing, two labels share one, or values and colours are mixed.
     """
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds {shortened(content)}; it must {RULE}")
@@ -95,7 +99,7 @@ def _what_is_wrong(
     numbers: Mapping[str, tuple[int, ...]],
     colours: Mapping[str, Colour | None],
 ) -> str:
-    """The first entry that cannot be, in words."""
+    """Describes the first invalid entry."""
     if not content:
         return "gives no label but the background"
     for name, value in content.items():
@@ -116,9 +120,9 @@ def _what_is_wrong(
 
 
 def _as_numbers(value: object) -> tuple[int, ...]:
-    """Whole numbers above zero: one, or nnU-Net's list of what a region is made of; nothing if it is none.
+    """Parses a positive integer, or nnU-Net's list of them for a region. Returns nothing for other values.
 
-    Three of them are a colour, unless they are so small that nobody could see it.
+    Three numbers are a colour, unless all are below `DARKEST_COLOUR`: such a colour would look black.
     """
     some = value if isinstance(value, list) else [value]
     numbers = tuple(part for part in some if type(part) is int and part > 0)

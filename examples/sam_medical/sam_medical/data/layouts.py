@@ -1,6 +1,6 @@
-"""The ways in which people lay out images and their masks, each found by itself.
+"""Folder layouts of images and masks, and their detection.
 
-A layout gives, for a folder, the labels, and every image with what says where they are in it.
+Each layout's reader returns a `Part`: the labels, and every image with its annotation.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from sam_medical.data.splits import SPLIT_NAMES, are_splits, is_called
 
 LABELS_FILE = "labels.json"
 NNUNET_FILE = "dataset.json"
-# nnU-Net has red, green and blue as channels of one file.
+# In nnU-Net, a colour image in one file has the three channels red, green and blue.
 IN_COLOUR = (*PICTURES, *TIFF)
 COCO_KEYS = {"images", "annotations", "categories"}
 
 
 def read_part(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
-    """Whatever layout the folder has.
+    """Detects the layout of a folder and reads it.
 
     Args:
-        folder: Of the images and masks.
-        root: Where ``labels.json`` may be, if it is not in the folder.
-        all_folders: Those of all splits, of which each may lack a label.
+        folder: The folder with images and masks.
+        root: The data folder, where ``labels.json`` may be if it is not in ``folder``.
+        all_folders: The folders of all splits. A single split may lack a label.
 
     Raises:
-        UserError: if there are no images, or an image's masks are missing.
+        UserError: if there are no images, or an image has no masks.
     """
     if (folder / NNUNET_FILE).is_file() and (folder / "imagesTr").is_dir():
         return _nnunet(folder)
@@ -82,10 +82,13 @@ def _holds_masks(folder: Path | None) -> bool:
 
 
 def coco_split(folder: Path, split: str) -> Part | None:
-    """A split of COCO's whose files are named by it, as instances_train.json and instances_val.json are.
+    """Reads one split of a COCO folder with one file per split, such as instances_train.json.
+
+    Returns:
+        The split; None if the files are not named after splits.
 
     Raises:
-        UserError: if there are such files, but none of this split.
+        UserError: if other splits have a file, but this one does not.
     """
     files = coco_files(folder)
     by_split = {name: [path for path in files if is_called(path.stem, name)] for name in SPLIT_NAMES}
@@ -97,7 +100,7 @@ def coco_split(folder: Path, split: str) -> Part | None:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether a folder that is called like a split may be one."""
+    """Whether a folder that has the name of a split contains images."""
     found = coco_files(folder) or _labelme_files(folder) or patient_folders(folder)
     return folder_named(folder, IMAGE_FOLDERS) is not None or bool(found)
 
@@ -213,7 +216,7 @@ def _advice_on_missing_masks(mask_folder: Path, has_names: bool) -> str:
 
 
 def _masks_beside(folder: Path, names: LabelNames | None) -> Part | None:
-    """Pictures and their masks in one folder, or in a folder for each kind of picture; told apart by their names."""
+    """Images and masks in one folder or in its sub-folders. Names tell masks from images."""
     sources, unknown = find_sources(folder)
     masks = [source for source in sources if is_mask_name(source.key)]
     images = [source for source in sources if not is_mask_name(source.key)]
@@ -237,7 +240,7 @@ def _masks_beside(folder: Path, names: LabelNames | None) -> Part | None:
 
 
 def _nnunet(root: Path) -> Part:
-    """nnU-Net's raw data and the Medical Decathlon's, which share their folders and dataset.json."""
+    """nnU-Net raw data or Medical Decathlon data. Both have the same folders and a dataset.json."""
     path = root / NNUNET_FILE
     content = read_json(path)
     channels = content.get("channel_names") or content.get("modality") or {}
@@ -271,7 +274,7 @@ def _nnunet(root: Path) -> Part:
 
 
 def coco_files(folder: Path) -> list[Path]:
-    """The files of a folder, or of its annotations, that are COCO's."""
+    """Returns the COCO files in a folder or in its sub-folder annotations."""
     places = [folder, folder / "annotations"]
     found = [path for place in places if place.is_dir() for path in sorted(place.glob("*.json")) if not is_junk(path)]
     return [path for path in found if path.name not in (LABELS_FILE, NNUNET_FILE) and _is_coco(path)]
@@ -328,7 +331,7 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
 
 
 def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
-    """Of several pictures of one name, the only one that lies in a folder of the split, if there is one."""
+    """Chooses among images of one name the only one in a folder of the split. Otherwise returns all of them."""
 
     def lies_in_split(path: Path) -> bool:
         return any(is_called(part, split) for part in path.relative_to(folder).parts[:-1])
@@ -338,7 +341,7 @@ def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
 
 
 def _coco_labels(files: Sequence[Path]) -> list[str]:
-    """The categories that some annotation has, in the order of the files."""
+    """Returns the categories that at least one annotation uses, in the order of the files."""
     labels: list[str] = []
     for file in files:
         content = read_json(file)
@@ -375,7 +378,7 @@ def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
 
 
 def _labelme_files(folder: Path) -> list[Path]:
-    """The files of a folder, or of one in it, that are labelme's."""
+    """Returns the labelme files in a folder, recursively."""
     if not folder.is_dir():
         return []
     found = [
@@ -429,7 +432,7 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
 
 
 def _source_in(path: Path, folder: Path) -> Source:
-    """With its folders in the name, but the one that holds all images."""
+    """Returns a source named by its relative path, without the folder that contains all images."""
     parts = path.parent.relative_to(folder).parts if path.is_relative_to(folder) else ()
     parts = parts[1:] if parts and parts[0].lower() in IMAGE_FOLDERS else parts
     source = source_of_file(path)

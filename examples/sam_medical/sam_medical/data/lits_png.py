@@ -1,9 +1,9 @@
-"""LiTS, liver and its lesions in CT, as PNG slices in the public layout, 2 labels.
+"""LiTS: liver and liver tumours in CT, as PNG slices in the public layout, 2 labels.
 
 ``dataset_6/dataset_6/volume-V_S.png`` with ``segmentation-V_livermask_S.png`` and ``segmentation-V_lesionmask_S.png``,
-which are RGB and hold 0 and 1. Split by patient: of every ten, one is for validation and two are for the test. The
-published code shuffles slices, of which neighbours are nearly the same, into its splits; for comparison with its
-figures only, the splits that begin with "parity" do the same.
+which are RGB with the values 0 and 1. The split is by patient: of every ten, one is for validation and two are for
+the test. The published code splits shuffled slices, so nearly identical neighbours end up in different splits. The
+splits that begin with "parity" repeat this. Use them only to compare with the published figures.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LitsPng(SegmentationDataset):
         image = read_image(self.images[index], self.reading)
         masks = []
         for path in _masks_of(self.images[index]):
-            mask = read_mask(path) > 0  # 0 and 1, so never above 127
+            mask = read_mask(path) > 0  # values are 0 and 1, so a threshold of 127 would not work
             check_same_size(image, mask, path)
             masks.append(mask)
         stem = self.images[index].stem
@@ -72,7 +72,7 @@ class LitsPng(SegmentationDataset):
 
 
 def _slices_in(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """The patient and number of each slice in a folder, and its file, in their order; none if there is no folder."""
+    """Returns ((patient, number), file) of each slice in a folder, sorted; nothing if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(

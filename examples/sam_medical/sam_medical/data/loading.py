@@ -1,4 +1,4 @@
-"""From samples to batches: resized, augmented for training, and the same in every run."""
+"""Data loaders: samples become resized, augmented batches, reproducible from run to run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from sam_medical.common.signals import ignore_signals
 from sam_medical.data.augmentation import build_augmentation
 from sam_medical.data.base import Sample, SegmentationDataset
 
-# Of resized training images, in all worker processes together; the rest of a larger dataset is read again each time.
+# Cache size for resized training images, shared by all workers. Images beyond it are read again in every epoch.
 KEPT_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How images of any size become the model's square.
+    """How images of any size are mapped to the model's square input.
 
     Attributes:
-        image_size: Side S of the square.
-        fit: "stretch", or "pad" to keep the aspect: what is missing below or to the right is black.
-        tile: Side of the crops that are trained on, and of the sliding window, in the images' own pixels; None for
-            whole images.
+        image_size: Side S of the square, in pixels.
+        fit: "stretch", or "pad" to keep the aspect ratio by black pixels below or to the right.
+        tile: Side of training crops and of the sliding window, in pixels of the original image; None for whole images.
     """
 
     image_size: int
@@ -36,18 +35,19 @@ class Framing:
     tile: int | None = None
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what becomes the square."""
+        """Returns height and width of the region that is resized to the square."""
         if self.tile:
             return self.tile, self.tile
         return (max(height, width),) * 2 if self.fit == "pad" else (height, width)
 
     def pixels_for_one(self, height: int, width: int) -> float:
-        """How many of an image's pixels one of the model's stands for."""
+        """Returns the number of original pixels per model pixel."""
         frame = self.frame(height, width)
         return frame[0] * frame[1] / self.image_size**2
 
     @property
     def remedy(self) -> str:
+        """What to do if labels vanish at the model's size."""
         if self.tile:
             return f"give a --tile nearer to the image size, {self.image_size}"
         return "give --tile 256, which trains on crops, or a larger --image-size"
@@ -61,11 +61,10 @@ class TrainingBatch(TypedDict):
 
 
 class EvaluationBatch(TypedDict):
-    """Images (B, 3, S, S) between zero and one, and the samples that they are from.
+    """Images (B, 3, S, S) between zero and one, and their samples.
 
-    ``masks`` (B, K, S, S) are the true ones for prompts that an expert gives: a pixel belongs to a label if any part
-    of it does, so that none is too small to be pointed at. With tiles, images and masks have S = 0: the sliding window
-    is cut from the samples.
+    ``masks`` (B, K, S, S) are true masks for expert prompts. A pixel belongs to a label if any part of it
+    does, so even the smallest object can be prompted. With tiles, S = 0: the sliding window reads the samples.
     """
 
     images: Tensor
@@ -75,7 +74,7 @@ class EvaluationBatch(TypedDict):
 
 
 class Samples(Protocol):
-    """Anything that gives samples by their number: a dataset, an image folder, a list."""
+    """A sequence of samples: a dataset, the slices of a file, or a list."""
 
     def __len__(self) -> int: ...
 
@@ -93,7 +92,19 @@ def training_loader(
     num_workers: int = 0,
     kept_bytes: int = KEPT_BYTES,
 ) -> DataLoader:
-    """`TrainingBatch`es of the images at positions ``first`` to ``last`` of a run; a framing may be its size alone."""
+    """Returns a loader of `TrainingBatch`es.
+
+    Args:
+        dataset: The training images.
+        framing: How images are mapped to the model's input; an int is the image size.
+        batch_size: Images per batch.
+        augmentation: A name in `AUGMENTATIONS`.
+        seed: Seed of the image order and of the augmentation.
+        first: Position in the run of the first image; above 0 if a run is resumed.
+        last: Position after the last image.
+        num_workers: Worker processes; 0 reads in this process.
+        kept_bytes: Cache size of all workers together.
+    """
     framing = as_framing(framing)
     framed = FramedDataset(dataset, framing)
     kept_by_each = kept_bytes // max(1, num_workers)
@@ -105,13 +116,13 @@ def training_loader(
         num_workers=num_workers,
         worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
-        # Without one of its own, beginning to read would move torch's random numbers on, and a resumed run's with it.
+        # Iterating a loader draws from its generator. The global one must not advance, or resumed runs would differ.
         generator=torch.Generator(),
     )
 
 
 def evaluation_loader(dataset: Samples, framing: Framing | int, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """`EvaluationBatch`es of a dataset, in order."""
+    """Returns a loader of `EvaluationBatch`es, in the order of the dataset."""
     return DataLoader(
         EvaluationDataset(dataset, as_framing(framing)),
         batch_size=batch_size,
@@ -123,25 +134,25 @@ def evaluation_loader(dataset: Samples, framing: Framing | int, batch_size: int,
 
 
 def _begin_worker(number: int) -> None:
-    """A signal to the whole process group is for the process that trains, which ends its workers itself."""
+    """Lets workers ignore signals to the process group: the training process handles them and ends its workers."""
     ignore_signals()
 
 
 def spread(dataset: Samples, count: int) -> list[Sample]:
-    """Some samples of a dataset, evenly from its first to its last."""
+    """Returns up to ``count`` samples, evenly spaced over the dataset."""
     chosen = thinned(dataset, count)
     return [chosen[index] for index in range(len(chosen))]
 
 
 def thinned(dataset: Samples, count: int | None) -> Samples:
-    """So many samples of a dataset, evenly from its first to its last; all of them if there are fewer, or for None."""
+    """Returns up to ``count`` evenly spaced samples of a dataset as a lazy subset; the whole dataset for None."""
     if count is None or count >= len(dataset):
         return dataset
     return Subset(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())  # type: ignore[arg-type]
 
 
 class FramedDataset(Dataset):
-    """Images and masks as the model's square; with tiles, whole images that crops can be taken from."""
+    """Images and masks at the model's input size; with tiles, whole images to crop from."""
 
     def __init__(self, dataset: SegmentationDataset, framing: Framing) -> None:
         self.dataset = dataset
@@ -158,10 +169,10 @@ class FramedDataset(Dataset):
 
 
 class AugmentedDataset(Dataset):
-    """Random views of images that are read once and kept.
+    """Random views of cached images.
 
-    Items are asked for as (epoch, index), which `TrainingSampler` gives. An item's random numbers depend on the seed
-    and these two alone, so that neither worker processes nor an interruption change them.
+    `TrainingSampler` yields the keys (epoch, index). An item's random numbers depend only on the seed and its key.
+    Neither the number of workers nor a resumed run changes them.
     """
 
     def __init__(self, dataset: FramedDataset, views: transforms.Compose, seed: int, kept_bytes: int) -> None:
@@ -179,12 +190,12 @@ class AugmentedDataset(Dataset):
             self.kept[index] = item
         self.views.set_random_state(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
         view = self.views(dict(item))
-        view = view[0] if isinstance(view, list) else view  # the crops of an image are a list, of one
+        view = view[0] if isinstance(view, list) else view  # the crop transform returns a list of one
         return {name: torch.as_tensor(view[name]).as_subclass(Tensor) for name in ("images", "masks")}  # type: ignore[return-value]
 
 
 class EvaluationDataset(Dataset):
-    """Images and masks as the model's square, with the samples that they are from."""
+    """Images and masks at the model's input size, with their samples."""
 
     def __init__(self, dataset: Samples, framing: Framing) -> None:
         self.dataset = dataset
@@ -200,7 +211,7 @@ class EvaluationDataset(Dataset):
         if self.framing.tile:
             return torch.empty(3, 0, 0), torch.empty(len(sample.masks), 0, 0), sample, self.framing
         image = self.resize_image(padded(sample.image.transpose(2, 0, 1), self.framing)).as_tensor()
-        # Images without masks, which are to be segmented, have none of any size.
+        # Images to predict on have no masks, so there is nothing to resize.
         masks = image[:0]
         if len(sample.masks):
             masks = self.resize_masks(padded(sample.masks.astype(np.float32), self.framing)).as_tensor()
@@ -208,12 +219,13 @@ class EvaluationDataset(Dataset):
 
 
 class TrainingSampler(Sampler):
-    """One shuffled epoch after the other, as (epoch, index) pairs, between two positions of a run.
+    """Yields (epoch, index) pairs of one shuffled epoch after the other, between two positions of a run.
 
     Args:
-        images: How many images an epoch has.
-        first: Position to begin at; above zero where a run is resumed.
-        last: Position to end before.
+        images: Number of images per epoch.
+        seed: Seed of the order.
+        first: First position; above 0 if a run is resumed.
+        last: Position after the last one.
     """
 
     def __init__(self, images: int, seed: int, first: int, last: int) -> None:
@@ -240,7 +252,7 @@ def as_framing(framing: Framing | int) -> Framing:
 
 
 def padded(channels: np.ndarray, framing: Framing) -> np.ndarray:
-    """Channels (C, H, W), squared with zeros below or to the right where the aspect is kept."""
+    """Pads channels (C, H, W) to a square with zeros below or to the right if the framing keeps the aspect ratio."""
     if framing.fit != "pad":
         return channels
     height, width = channels.shape[1:]
@@ -249,7 +261,7 @@ def padded(channels: np.ndarray, framing: Framing) -> np.ndarray:
 
 
 def cropping(framing: Framing) -> list[transforms.Transform]:
-    """A crop around a label, or as often anywhere else, at the model's size; nothing without tiles."""
+    """Returns transforms that crop, half of the time around a label, and resize; nothing without tiles."""
     if not framing.tile:
         return []
     both, tile = ("images", "masks"), (framing.tile, framing.tile)
@@ -263,7 +275,7 @@ def cropping(framing: Framing) -> list[transforms.Transform]:
 
 
 def masks_for_training(sample: Sample, framing: Framing) -> Tensor:
-    """What the model learns from, (K, S, S); with tiles, what all crops together show of it."""
+    """Returns the masks at the model's resolution, (K, S, S); with tiles, those of the whole image."""
     masks = padded(sample.masks.astype(np.float32), framing)
     if not framing.tile:
         return mask_resizing(framing.image_size)(masks)
@@ -277,7 +289,7 @@ def image_resizing(image_size: int) -> transforms.Transform:
 
 
 def mask_resizing(image_size: int, least_share: float = 0.5) -> transforms.Transform:
-    """A pixel belongs to a label if that share of its area does."""
+    """Returns a transform that assigns a pixel to a label if at least that share of its area belongs to it."""
     return transforms.Compose(
         [transforms.Resize((image_size, image_size), mode="area"), transforms.AsDiscrete(threshold=least_share)]
     )

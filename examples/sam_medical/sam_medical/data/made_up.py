@@ -1,4 +1,4 @@
-"""Small made-up data sets, written as files."""
+"""Writes small synthetic datasets as files, for demos and tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_orientations(folder: Path) -> None:
 
 
 def _scan_with_two_alike(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A body with one organ in front, which is labelled, and its like behind."""
+    """Returns a body with two equal organs, of which only the anterior one is labelled."""
     random = np.random.default_rng(seed)
     scan = random.normal(0, 20, (64, 64, 4)).astype(np.float32)
     mask = np.zeros(scan.shape, np.uint8)

@@ -1,4 +1,4 @@
-"""From a mask's pixels to labels, as its viewers show them."""
+"""Converts the pixels of mask files to one bool mask per label, as an image viewer would show them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from sam_medical.data.reading import Layer
 
 Colour = tuple[int, int, int]
 BACKGROUND_NAMES = ("background", "bg", "_background_")
-# What JPEG makes of a mask of black and white reaches far above this; of a mask of 0 and 1 it leaves less.
+# A black and white mask saved as JPEG has values far above this. A mask of 0 and 1 saved as JPEG does not.
 LEAST_WHITE = 64
-# By how much a format that changes values leaves the channels of a grey apart.
+# Largest difference between the channels of a grey pixel after lossy compression.
 MOST_TINT = 32
-# Of a value's pixels: where so many lie between a lower and a higher value, it is an edge and no label.
+# Share of a value's pixels between a lower and a higher value, from which on the value is an edge, not a label.
 EDGE_SHARE = 0.9
-# Of the pixels between black and white: where so many are flat, on no slope between two others, they are numbers.
+# Share of flat pixels among those between black and white, from which on the values are label numbers.
 FLAT_SHARE = 0.1
-# Of the range, which a wide blur does not leave out.
+# Share of the range. A wide blur leaves no gap of this size between values.
 LEAST_GAP = 1 / 3
-# Pixels, as far as JPEG's blocks and their filters carry what an edge leaves.
+# In pixels: the reach of JPEG artefacts around an edge.
 REACH_OF_EDGES = 16
 LEAST_GREYS = 32
-# Of whole numbers that a header's slope has made of other ones.
+# Rounding error of integers that were scaled by a header's slope.
 ROUNDING = 1e-3
 NAMED_AT_MOST = 8
 
 
 def mask_of_one_label(layer: Layer) -> np.ndarray:
-    """A mask (H, W) of one label, cut at half of its range.
+    """Returns the bool mask (H, W) of a single label, thresholded at half of its range.
 
-    Numbers that count things (1, 2, 3 ...) are none of that: all of them are the label.
+    Instance numbers (1, 2, 3 ...) are not thresholded: all of them are the label.
 
     Raises:
-        UserError: if it is not told what in it is the label.
+        UserError: if the values do not tell which pixels are the label.
     """
     values = _brightness(layer)
     distinct = np.unique(values)
@@ -73,10 +73,10 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
 
 
 def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """One mask a label, (K, H, W), by the numbers that belong to it.
+    """Returns one bool mask per label, (K, H, W), by the values of each label.
 
     Raises:
-        UserError: if there are others than those and zero.
+        UserError: if the mask contains other values than these and zero.
     """
     known = {0, *(number for numbers in values.values() for number in numbers)}
     candidates = _numbers(layer)
@@ -106,10 +106,12 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
 
 
 def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Sequence[Colour]) -> np.ndarray:
-    """One mask a label, (K, H, W), by its colour; black, and what is transparent, is background.
+    """Returns one bool mask per label, (K, H, W), by the colour of each label. Black and transparent are background.
+
+    Soft edges are thresholded in the middle if there is a single label.
 
     Raises:
-        UserError: if there are other colours, unless there is but one label, whose soft edges are cut in their middle.
+        UserError: if the mask contains other colours.
     """
     pixels = layer.values if layer.values.ndim == 3 else np.repeat(layer.values[..., None], 3, axis=2)
     if pixels.dtype != np.uint8:
@@ -133,7 +135,7 @@ def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Seq
 
 
 def parse_colour(value: object) -> Colour | None:
-    """A colour from "#ff0000", "red" or [255, 0, 0]; None if it is none."""
+    """Parses a colour such as "#ff0000", "red" or [255, 0, 0]. Returns None for other values."""
     if isinstance(value, str) and not value.isdigit():
         try:
             red, green, blue = ImageColor.getrgb(value)[:3]
@@ -146,7 +148,7 @@ def parse_colour(value: object) -> Colour | None:
 
 
 def _check_between(layer: Layer, found: np.ndarray, known: np.ndarray, colours: Mapping[str, Colour]) -> None:
-    """Raises a UserError if some colour is not near the line from the background to the one label's."""
+    """Raises a `UserError` if a colour is far from the line between black and the colour of the only label."""
     colour = known[0].astype(float)
     pixels = (found[:, None] >> (16, 8, 0) & 255).astype(float)
     along = (pixels @ colour / max(float(colour @ colour), 1.0)).clip(0, 1)
@@ -167,7 +169,7 @@ def _list(colours: Mapping[str, Colour]) -> str:
 
 
 def _brightness(layer: Layer) -> np.ndarray:
-    """Grey values (H, W), as the mask is seen on black; the shape in alpha, where that alone has one."""
+    """Returns grey values (H, W) of the mask on black, or its alpha channel if only that one varies."""
     colours = layer.values
     if layer.alpha is not None and layer.alpha.min() < layer.alpha.max():
         if (colours == colours[0, 0]).all():
@@ -183,9 +185,9 @@ def _brightness(layer: Layer) -> np.ndarray:
 
 
 def _numbers(layer: Layer) -> list[np.ndarray]:
-    """The ways to take a mask's pixels for numbers, the likeliest first; none if it is in colours.
+    """Returns the possible integer readings of a mask, the likeliest first; none if the mask is in colour.
 
-    The numbers of a palette come first if it is in colours, and what it shows if it is in grey.
+    For a colour palette, the stored indices come first. For a grey palette, the displayed values come first.
     """
     found = []
     if layer.indices is not None and not _begins_with_white(layer):
@@ -208,7 +210,7 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
 
 
 def _begins_with_white(layer: Layer) -> bool:
-    """Whether a palette in grey shows its first entry brighter than the others, or than black if it is alone."""
+    """Whether a grey palette displays index 0 brighter than the others, or brighter than black if it is alone."""
     assert layer.indices is not None
     if layer.values.ndim != 3 or (layer.values != layer.values[..., :1]).any():
         return False
@@ -222,7 +224,7 @@ def _begins_with_white(layer: Layer) -> bool:
 def _cut_for_one_label(
     layer: Layer, values: Mapping[str, Sequence[int]], candidates: list[np.ndarray]
 ) -> np.ndarray | None:
-    """The mask of the only label where it is white with soft edges; None where it is anything else."""
+    """Thresholds a white mask with soft edges if there is a single label. Returns None for other masks."""
     numbers = [number for some in values.values() for number in some]
     if len(numbers) != 1 or numbers[0] < LEAST_WHITE or not candidates:
         return None
@@ -241,7 +243,7 @@ def _is_white_with_soft_edges(values: np.ndarray, distinct: np.ndarray, white: i
 
 
 def _has_soft_edges(values: np.ndarray, distinct: np.ndarray) -> bool:
-    """Whether values between the lowest and the highest are the edges of one shape, and not numbers of things."""
+    """Whether intermediate values are soft edges of one shape, and not label or instance numbers."""
     if values.dtype.kind == "f" and (distinct % 1).any():
         return True
     high = int(distinct[-1])
@@ -249,14 +251,14 @@ def _has_soft_edges(values: np.ndarray, distinct: np.ndarray) -> bool:
         return True
     if high < LEAST_WHITE:
         return False
-    # A blurred shape may have no flat top, but then each value on its slope lies between a lower and a higher one.
+    # A blurred shape may have no flat top. Then each pixel on its slope is between a lower and a higher neighbour.
     slope = (values > 0.1 * high) & (values < 0.9 * high)
     is_between = (ndimage.minimum_filter(values, 3) < values) & (ndimage.maximum_filter(values, 3) > values)
     return len(distinct) > 3 and bool((slope & is_between).sum() >= EDGE_SHARE * slope.sum() > 0)
 
 
 def _has_numbers(values: np.ndarray, distinct: np.ndarray) -> bool:
-    """Whether what lies between black and white is flat, or of one value and apart from white: numbers of things."""
+    """Whether intermediate values are label or instance numbers: flat, or uniform regions apart from white."""
     low, high = distinct[0], distinct[-1]
     inner = (values > low) & (values < high)
     if _flat_pixels(values, inner) > FLAT_SHARE * inner.sum():
@@ -271,7 +273,7 @@ def _has_numbers(values: np.ndarray, distinct: np.ndarray) -> bool:
 
 
 def _is_picture(values: np.ndarray, distinct: np.ndarray) -> bool:
-    """Whether most pixels are grey, and few are like all those around them, as numbers of things would be."""
+    """Whether the file is an image and not a mask: most pixels are grey, and few of them are in flat regions."""
     if len(distinct) < LEAST_GREYS:
         return False
     low, high = float(distinct[0]), float(distinct[-1])
@@ -281,7 +283,7 @@ def _is_picture(values: np.ndarray, distinct: np.ndarray) -> bool:
 
 
 def _flat_pixels(values: np.ndarray, where: np.ndarray) -> int:
-    """How many pixels lie in the midst of a part of one value, of the commonest, that is no step of a slope."""
+    """Counts pixels inside flat regions of the commonest values, without regions that are steps of a slope."""
     lowest, highest = ndimage.minimum_filter(values, 3), ndimage.maximum_filter(values, 3)
     flat = where & (lowest == highest)
     found, sizes = np.unique(values[flat], return_counts=True)
@@ -304,12 +306,12 @@ def _some(numbers: Sequence[float] | np.ndarray) -> str:
 
 
 def _whole(high: float) -> float:
-    """The white that a mask's brightest pixel stands for."""
+    """Returns the value of white, given the largest value of a mask."""
     return 1.0 if high <= 1 else high
 
 
 def _warn_of_edges(layer: Layer, numbers: np.ndarray) -> None:
-    """Says where a label is but the edge of another, as interpolation leaves it between that and the background."""
+    """Warns if a label occurs only at edges of a higher label, as interpolated label maps have it."""
     present = np.unique(numbers)
     low = ndimage.minimum_filter(numbers, 3)
     high = ndimage.maximum_filter(numbers, 3)

@@ -1,4 +1,4 @@
-"""Which masks belong to which image, by their names."""
+"""Matches masks to images by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from sam_medical.data.sources import Source
 
-# What people add to an image's name to name its masks, and a number where it has several.
+# Suffixes of mask names, with a number if an image has several masks.
 MASK_SUFFIX = re.compile(
     r"[ _.\-]+(masks?|seg|segm|segmentations?|labels?|gt|ground[ _\-]?truth|annotations?|anno|roi)([ _\-]?\d+)?$"
 )
-# As in label0001 of img0001, or segmentation-0 of volume-0; and alone, in a folder of its own.
+# Such as label0001 for img0001, or segmentation-0 for volume-0. The number is optional in a folder per image.
 MASK_PREFIX = re.compile(r"^(masks?|seg|segmentations?|labels?|gt|groundtruth|annotations?)([ _.\-]*\d+)?$")
 IMAGE_PREFIX = re.compile(r"^(images?|imgs?|volume|vol|scan|imaging|ct|mr|mri)([ _.\-]*\d+)$")
 IMAGE_SUFFIX = re.compile(r"[ _.\-]+(image|img|orig|original|scan)$")
-# As in 21_manual1 of 21_training, which DRIVE has.
+# Such as 21_manual1 for 21_training in DRIVE.
 MANUAL_SUFFIX, SPLIT_SUFFIX = re.compile(r"_manual\d?$"), re.compile(r"_(training|test|val|validation)$")
 CHANNEL = re.compile(r"_(\d{4})$")
 
@@ -26,7 +26,11 @@ def is_mask_name(key: str) -> bool:
 
 
 def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[Source]]:
-    """The masks of each image, by its key: of its name, with a suffix, of its number, or alone in its folder."""
+    """Matches masks to images: by equal name, by suffix, by number, or as the only ones in a folder.
+
+    Returns:
+        The masks of each image that has some, by the image's key.
+    """
     exact = {mask.key: mask for mask in masks}
     by_stem: dict[str, list[Source]] = defaultdict(list)
     for mask in masks:
@@ -58,14 +62,14 @@ def match(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[S
 
 
 def _number(key: str, prefix: re.Pattern[str]) -> tuple[str, str] | None:
-    """The folder and the digits of a name that is a word and a number."""
+    """Splits a name made of a word and a number. Returns the folder and the digits, or None."""
     folder, _, name = key.rpartition("/")
     found = prefix.match(name)
     return (folder, found[2].strip(" _.-")) if found and found[2] else None
 
 
 def channels_of(images: Sequence[Source]) -> dict[str, list[Source]]:
-    """nnU-Net's files of each case, whose names end in the number of a channel."""
+    """Groups nnU-Net's files by case. Their names end in the channel number."""
     cases: dict[str, list[Source]] = defaultdict(list)
     for image in images:
         cases[CHANNEL.sub("", image.name)].append(image)

@@ -1,7 +1,7 @@
-"""Where a file without negative values has put those of CT: the same for all images of a set.
+"""The offset of CT values in files without negative values: one offset for all images of a dataset.
 
-An image without air says nothing of it: only together with others can it be told. So the training images decide, and
-the adapter keeps what they have decided.
+A single image without air does not show its offset, but a set of images does. The training images decide, and the
+adapter stores the decision.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sam_medical.common.errors import UserError
 from sam_medical.data.decoding import Scan
 
 AUTO, NONE, WRAPPED = "auto", "none", "wrapped"
-# How adapters saw their images that were made before the set decided.
+# The setting of older adapters, which decided image by image.
 BY_IMAGE = "by-image"
-# Where CT's values are if sixteen bits hold them without a sign.
+# Ranges of CT values in unsigned 16-bit files: wrapped negative values, and the highest value.
 WRAPPED_FROM = 65536 - 3100
 HIGHEST_CT = 20000
 HALF, THOUSAND = 32768, 1024
 LARGEST = 65536
-# Below the offset: the lowest padding, and the highest air.
+# Distances below the offset: of the lowest padding, and of the brightest air.
 PADDING, AIR = 3100, 900
-# Of twelve bits with 1024 added: where air and soft tissue are, and how much there must be of each.
+# For 12-bit CT with 1024 added: the ranges of air and soft tissue, the highest value, and the least shares of both.
 AIR_ABOVE_ZERO, TISSUE, HIGHEST_OF_12_BITS = (1, 124), (874, 1324), 4200
 LEAST_AIR, LEAST_TISSUE = 0.005, 0.5
 
@@ -35,16 +35,19 @@ def is_offset(text: str) -> bool:
 
 
 def check_offset(text: str) -> None:
-    """Raises a `UserError` if it is none of `OFFSET_FORMS`."""
+    """Raises a `UserError` if the text is not one of `OFFSET_FORMS`."""
     if not is_offset(text):
         raise UserError(f"offset is {text!r}, but it must be {OFFSET_FORMS}.")
 
 
 def settle_offset(scans: Iterable[tuple[Scan, str]]) -> str:
-    """What the images of a set, each with what is said of its modality, were stored with.
+    """Returns the offset of a set of images.
+
+    Args:
+        scans: The scans, each with its modality, empty if unknown.
 
     Raises:
-        UserError: if two of them contradict each other.
+        UserError: if two images show different offsets.
     """
     found: dict[str, Scan] = {}
     for scan, modality in scans:
@@ -61,7 +64,7 @@ def settle_offset(scans: Iterable[tuple[Scan, str]]) -> str:
 
 
 def offset_seen(scan: Scan, modality: str = "") -> str:
-    """What the values of one image show it was stored with; empty if they show nothing."""
+    """Returns the offset that the values of one image show; empty if they show none."""
     if scan.in_colour or scan.is_eight_bit:
         return ""
     if scan.values.dtype == np.uint16 and (seen := _seen_in_sixteen_bits(scan)):
@@ -82,7 +85,7 @@ def _seen_in_sixteen_bits(scan: Scan) -> str:
 
 
 def looks_like_1024(scan: Scan) -> bool:
-    """Whether CT of twelve bits would look so; MRI may by chance, so that somebody must have said that it is CT."""
+    """Whether values look like 12-bit CT with 1024 added. MRI may look so by chance, so check the modality as well."""
     low, top = scan.finite_range
     if scan.in_colour or scan.is_eight_bit or low < 0 or not TISSUE[0] < top <= HIGHEST_OF_12_BITS:
         return False
@@ -94,7 +97,7 @@ def looks_like_1024(scan: Scan) -> bool:
 
 
 def without_offset(scan: Scan, offset: str) -> Scan:
-    """The scan in Hounsfield units where it is one that can have been stored so; any other as it is."""
+    """Returns the scan in Hounsfield units if it can have this offset; otherwise the scan unchanged."""
     if offset in (AUTO, BY_IMAGE):
         is_picture = scan.affine is None and scan.values.dtype == np.uint16
         seen = _seen_in_sixteen_bits(scan) if is_picture and not scan.in_colour else ""
@@ -110,12 +113,12 @@ def without_offset(scan: Scan, offset: str) -> Scan:
 
 
 def _can_have(scan: Scan, added: int) -> bool:
-    """An offset is there because there are no negative values, and below it there is but padding."""
+    """Whether a scan can have this offset: no value is negative, and only padding is far below the offset."""
     return not (scan.in_colour or scan.is_eight_bit) and scan.finite_range[0] >= max(0, added - PADDING)
 
 
 def _are_wrapped(values: np.ndarray) -> bool:
-    """Whether they spread as tissue does, or are the one value of air or padding; a marker's white is neither."""
+    """Whether values vary as tissue does, or equal wrapped air or padding. White markers in an image do neither."""
     return bool(np.ptp(values) > 10 or -PADDING <= int(values.view(np.int16)[0]) <= -AIR)
 
 

@@ -1,4 +1,4 @@
-"""Opening one split of a dataset, or the three of a run, and settling how its images are read."""
+"""Opens one split of a dataset, or the three splits of a run, and resolves ``auto`` in how images are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sam_medical.data.offset import AUTO as AUTO_OFFSET
 from sam_medical.data.offset import BY_IMAGE, NONE, offset_seen, settle_offset, without_offset
 from sam_medical.data.reading import Reading
 
-# Of the training images, evenly from the first to the last.
+# Number of evenly spaced training images that decide.
 SETTLED_BY = 20
-# As many more, where none of those says how sixteen bits hold the values of CT.
+# Number of images if the offset of 16-bit images is still unknown after the first ones.
 LOOKED_THROUGH = 300
 TRAINING_SPLITS = ("train", "validation", "test")
 
@@ -32,7 +32,7 @@ def open_dataset(
     reading: Reading | None = None,
     fold: int | None = None,
 ) -> SegmentationDataset:
-    """One split of a dataset, with all of its labels or some of them.
+    """Opens one split of a dataset, with all of its labels or some of them.
 
     Args:
         name: The dataset's name in `DATASETS`.
@@ -40,11 +40,10 @@ def open_dataset(
         split: One of its splits.
         labels: The labels to keep, in this order; None for all.
         reading: How its files are read.
-        fold: The fold, from 1, if the dataset has folds.
+        fold: The fold, starting at 1, if the dataset has folds.
 
     Raises:
-        UserError: if the dataset, its folder, the fold, the split or a label does not exist, or the split holds no
-            images.
+        UserError: if the dataset, its folder, the fold, the split or a label does not exist, or the split is empty.
     """
     name, fold = dataset_and_fold(name, fold)
     if name not in DATASETS:
@@ -69,7 +68,7 @@ def open_dataset(
 
 
 def check_fold(name: str, fold: int | None) -> None:
-    """Raises a `UserError` if a dataset has no such fold, or has folds and none is given."""
+    """Raises a `UserError` if the fold does not exist, or if the dataset has folds and none is given."""
     folds = DATASETS[name].folds
     if fold is not None and not folds:
         raise UserError(f"fold is {fold}, but {name} has no folds; leave it out.")
@@ -84,7 +83,7 @@ def open_splits(
     reading: Reading | None = None,
     fold: int | None = None,
 ) -> dict[str, SegmentationDataset]:
-    """What a run needs: train, validation and test, all with the labels of train in its order.
+    """Opens the train, validation and test splits, all with the labels of train in the same order.
 
     Raises:
         UserError: as `open_dataset`.
@@ -96,10 +95,10 @@ def open_splits(
 
 
 def settle_reading(train: SegmentationDataset) -> Reading:
-    """The dataset's reading with an offset and an intensity that its training images have made definite.
+    """Returns the dataset's reading, with ``auto`` offset and intensity resolved from the training images.
 
     Raises:
-        UserError: if they contradict each other.
+        UserError: if training images contradict each other.
     """
     reading = train.reading
     if reading.offset == AUTO_OFFSET:
@@ -113,7 +112,7 @@ def settle_reading(train: SegmentationDataset) -> Reading:
 
 
 def _scans(train: SegmentationDataset, count: int) -> Iterator[tuple[Scan, str]]:
-    """So many of the training images, evenly from the first to the last."""
+    """Yields up to ``count`` evenly spaced training scans with their modality."""
     for place in np.linspace(0, len(train) - 1, min(len(train), count)).round().astype(int):
         scan = train.scan(int(place))
         if scan is not None:
@@ -121,7 +120,7 @@ def _scans(train: SegmentationDataset, count: int) -> Iterator[tuple[Scan, str]]
 
 
 def _scans_for_offset(train: SegmentationDataset) -> Iterator[tuple[Scan, str]]:
-    """Some images, and many more if these are pictures of sixteen bits of which none shows its offset."""
+    """Yields some scans, and many more if one of them is a 16-bit image that does not show its offset."""
     is_open = False
     for scan, modality in _scans(train, SETTLED_BY):
         is_open |= scan.affine is None and scan.values.dtype == np.uint16 and not offset_seen(scan, modality)

@@ -1,21 +1,20 @@
-"""Images and masks of one's own, laid out in any of the ways of `sam_medical.data.layouts`.
+"""The user's own images and masks, in any layout of `sam_medical.data.layouts`.
 
-``images/`` holds the images and ``masks/`` what belongs to each, under the same name, or one that begins with it, in
-one of two ways:
+``images/`` contains the images. ``masks/`` contains the masks in one of two ways. Each mask has the name of its
+image, or a name that starts with it.
 
-- one mask an image, whose values or colours are the labels', as ``labels.json`` beside the folders says:
-  {"liver": 1, "tumor": 2}; zero is background;
-- or a folder of black and white masks for each label, ``masks/liver``, ``masks/tumor``; an image that has no mask in
-  one of them does not have that label, nor has a split that lacks the folder.
+- One label map per image. ``labels.json`` beside the folders gives the values or colours of the labels, such as
+  {"liver": 1, "tumor": 2}. Zero is background.
+- One folder of binary masks per label, such as ``masks/liver`` and ``masks/tumor``. An image without a mask in a
+  folder does not contain that label. A split may lack a folder.
 
-nnU-Net's raw data, the Medical Decathlon's, COCO's and labelme's files, masks beside their images, and a folder a
-patient are read as they are. Volumes and stacks are read slice by slice.
+The following layouts are read as they are: nnU-Net raw data, the Medical Decathlon, COCO files, labelme files, masks
+beside their images, and one folder per patient. Volumes and stacks are read slice by slice.
 
-Where there are folders ``train``, ``validation`` and ``test``, also below ``images`` and ``masks``, they are the
-splits. Otherwise of every ten images, or
-volumes, in the order of their names, one is for validation and two are for the test; of every ten folders, if the
-images lie in ten or more. Neighbouring slices or frames that are pictures of their own would
-else be in several splits: give such images folders for each split.
+Folders ``train``, ``validation`` and ``test`` define the splits. They may also be inside ``images`` and ``masks``.
+Without them, of every ten images or volumes, sorted by name, one is for validation and two are for the test. If the
+images are in ten or more folders, the same rule applies to folders instead. Neighbouring slices or frames that are
+separate files could then fall into different splits, so give such data one folder per split.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class OwnData(SegmentationDataset):
             self.items += [(pair, number) for number in numbers_of(pair.image, self.reading.plane)]
 
     def _in_turn(self, part: Part) -> list[Pair]:
-        """Those of every ten images, or folders of images, that are this split's."""
+        """Returns the pairs of this split by position: images, or folders if there are at least ten of them."""
         if _has_many_folders(part.pairs):
             folders = sorted({pair.image.folder for pair in part.pairs})
             mine = {folder for place, folder in enumerate(folders) if place % 10 in TURNS[self.split]}
@@ -96,7 +95,7 @@ def _has_many_folders(pairs: Sequence[Pair]) -> bool:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of splits, if there are any with images."""
+    """Returns the folders of the splits, by split; nothing if none contains images."""
     folders = {path.name.lower(): path for path in folders_in(root)}
     found = {
         split: next(folders[name] for name in names if name in folders)

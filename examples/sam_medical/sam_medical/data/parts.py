@@ -1,4 +1,4 @@
-"""What a folder of images and masks comes to, whichever its layout."""
+"""The result of reading a folder of images and masks, the same for all layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sam_medical.data.sources import Source, folders_in
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages")
 MASK_FOLDERS = (
-    "1st_manual",  # before mask, which in DRIVE is what the camera sees
+    "1st_manual",  # first, because DRIVE's folder mask contains the field of view
     "masks",
     "mask",
     "labels",
@@ -31,20 +31,22 @@ NAMED_AT_MOST = 3
 
 @dataclass(frozen=True)
 class Pair:
+    """An image and its annotation."""
+
     image: Source
     annotation: Annotation
 
 
 @dataclass
 class Part:
-    """What a folder holds: all images, or those of one split.
+    """The images of a folder: all of them, or those of one split.
 
     Attributes:
-        labels: Their names.
-        pairs: The images with what is in them.
-        notes: What a person should know of what was found.
-        modality: What the images are, where a file says so.
-        folder: Where the images are.
+        labels: The names of the labels.
+        pairs: The images with their annotations.
+        notes: Messages to the user about the files found.
+        modality: The modality of the images, such as CT, if a file states it.
+        folder: The folder of the images.
     """
 
     labels: Sequence[str]
@@ -62,7 +64,7 @@ def folder_named(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def notes_on_other_masks(folder: Path, taken: Path) -> list[str]:
-    """On folders that are called as if they held masks, beside the one that is taken for it."""
+    """Returns notes on further folders with the name of a mask folder, besides the one in use."""
     others = [path.name for path in folders_in(folder) if path.name.lower() in MASK_FOLDERS and path != taken]
     return [f"masks are those of {taken.name}; left out is {', '.join(others)} beside it"] if others else []
 

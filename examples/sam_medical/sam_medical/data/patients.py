@@ -1,7 +1,7 @@
-"""A folder a patient, or a picture, with its masks in a folder inside.
+"""One folder per patient or image, with the masks in a folder inside.
 
-``p1/images/``, ``p1/masks/``; ``ID/images/ID.png`` with a mask of each thing in ``ID/masks/``, as in the Data Science
-Bowl of 2018; ``s0000/ct.nii.gz`` with ``s0000/segmentations/LABEL.nii.gz``, as in TotalSegmentator's data.
+``p1/images/``, ``p1/masks/``; ``ID/images/ID.png`` with one mask per object in ``ID/masks/``, as in the Data Science
+Bowl of 2018; ``s0000/ct.nii.gz`` with ``s0000/segmentations/LABEL.nii.gz``, as in TotalSegmentator.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Patient:
     left_out: Sequence[Source] = ()
 
     def short(self, mask: Source) -> str:
-        """A mask's name without the patient's."""
+        """Returns the name of a mask without the patient's name."""
         return mask.name.removeprefix(f"{plain(self.folder.name)}/")
 
 
 def patient_folders(folder: Path) -> list[Path]:
-    """The folders in a folder that hold masks in one of their own; nothing if it holds images or masks itself."""
+    """Returns the sub-folders that contain a mask folder; nothing if the folder contains images or masks itself."""
     if not folder.is_dir() or folder_named(folder, IMAGE_FOLDERS) or folder_named(folder, MASK_FOLDERS):
         return []
     return [inner for inner in folders_in(folder) if folder_named(inner, MASK_FOLDERS)]
 
 
 def read_patients(folder: Path, names: LabelNames | None, all_folders: Sequence[Path]) -> Part:
-    """All patients in a folder.
+    """Reads all patients in a folder.
 
     Args:
-        folder: Of the patients.
-        names: What labels.json says; None without one.
-        all_folders: Those of all splits, of which each may lack a label.
+        folder: The folder with one sub-folder per patient.
+        names: The labels of labels.json; None without such a file.
+        all_folders: The folders of all splits. A single split may lack a label.
 
     Raises:
         UserError: if an image has no mask.
@@ -89,7 +89,7 @@ def _read_patient(folder: Path) -> tuple[Patient, list[Path]]:
 
 
 def _labels_of_files(patients: Sequence[Patient]) -> list[str]:
-    """The labels, where folders or files of masks are called by them: alike in several patients, and not as images."""
+    """Returns the labels if mask folders or files are named after them: names that repeat across patients."""
     folders = {
         patient.short(mask).split("/")[0]
         for patient in patients
@@ -121,5 +121,5 @@ def _pairs_of(patient: Patient, names: LabelNames | None, labels: Sequence[str])
 
 
 def _matched(images: Sequence[Source], masks: Sequence[Source]) -> dict[str, list[Source]]:
-    """All masks of the only image; of several images each one's by their names."""
+    """Returns the masks of each image: all masks for a single image, otherwise matched by name."""
     return {images[0].key: list(masks)} if len(images) == 1 else match(images, masks)

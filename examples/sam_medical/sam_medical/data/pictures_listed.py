@@ -1,4 +1,4 @@
-"""Pictures that a json names: its name may have folders, and the file lie elsewhere than when it was written."""
+"""Finds the images that a JSON file names, even if the files were moved since it was written."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path, PurePosixPath
 from sam_medical.data.parts import IMAGE_FOLDERS, MASK_FOLDERS
 from sam_medical.data.sources import find_sources, plain
 
-# Of labelme's files, beside those of masks.
+# Folder names of labelme files, in addition to those of masks.
 JSON_FOLDERS = (*MASK_FOLDERS, "json", "jsons", "labelme")
 
 
 class Pictures:
-    """All in a folder and its folders."""
+    """The images in a folder, recursively."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.paths = [source.path for source in find_sources(folder)[0]]
 
     def listed(self, name: str) -> list[Path]:
-        """Those that a name means: without a folder any that is called so, and with one those whose path ends so.
+        """Returns the images that a name in a COCO file may refer to.
 
-        A name that begins elsewhere, as on another machine, must end as the path from this folder does.
+        A bare name matches any image of that name. A name with folders matches the end of a path. If its folders are
+        those of another machine, it must end with the image's path relative to this folder.
         """
         parts = _parts(name)
         called = [path for path in self.paths if plain(path.name) == parts[-1]]
@@ -32,7 +33,15 @@ class Pictures:
         return exact or [path for path in called if self._is_meant(path, parts)]
 
     def of_labelme(self, file: Path, name: str) -> Path | None:
-        """The picture that a file says it is of: there, beside it, or at the like place among the images."""
+        """Returns the image of a labelme file: at the stated path, beside the file, or at its place among the images.
+
+        Args:
+            file: The labelme file.
+            name: Its ``imagePath``.
+
+        Returns:
+            The image; None if there is none, or more than one candidate.
+        """
         for other in (name, PurePosixPath(name).name):
             path = Path(os.path.normpath(file.parent / other))
             if path.is_file():

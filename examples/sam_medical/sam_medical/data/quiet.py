@@ -1,4 +1,4 @@
-"""SimpleITK and pydicom without what they print of harmless things; what is wrong with a file we say ourselves."""
+"""SimpleITK and pydicom without their warnings. Our own error messages report damaged files."""
 
 from __future__ import annotations
 

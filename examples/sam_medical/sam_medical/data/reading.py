@@ -1,4 +1,4 @@
-"""Sources looked at as pictures: slices of a volume in a plane, pages of a stack, or the one picture that there is."""
+"""Reads 2D images from sources: slices of a volume, pages of a stack, or a single image. Caches decoded files."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from sam_medical.data.intensity import LEGACY, parse_intensity, to_channels
 from sam_medical.data.offset import BY_IMAGE, check_offset, without_offset
 from sam_medical.data.sources import Source
 
-# Of decoded files; shuffled slices of more than that are read again.
+# Cache size for decoded files. Beyond it, shuffled slices decode their files again.
 KEPT_BYTES = 2 * 1024**3
-# Of which nothing but the mask and the image at hand is asked for again.
+# Cached 2D images. Only the current image and its masks are read repeatedly.
 KEPT_PICTURES = 16
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read; if nothing is said, as they were before there was a choice.
+    """How files are read. The defaults are those of older adapters, which did not store these settings.
 
     Attributes:
-        intensity: See `sam_medical.data.intensity`.
-        plane: Of volumes: a name in `PLANES`, or as the file stores it.
-        resample_masks: Whether a mask on another grid is brought to its image's.
-        modality: What the images are, where something beside the files says so.
-        offset: What CT's values were stored with; see `sam_medical.data.offset`.
+        intensity: The intensity mapping; see `sam_medical.data.intensity`.
+        plane: The plane of slices of a volume: a name in `PLANES`, or `STORED`.
+        resample_masks: Whether masks on another grid are resampled to the grid of their image.
+        modality: The modality of the images, if known from elsewhere than the files.
+        offset: The offset of stored CT values; see `sam_medical.data.offset`.
     """
 
     intensity: str = LEGACY
@@ -59,7 +59,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Layer:
-    """One picture of a mask's file: values (H, W) or (H, W, 3), and what `Scan` says of them."""
+    """One slice of a mask file: values (H, W) or (H, W, 3), and attributes of its `Scan`."""
 
     path: Path
     values: np.ndarray
@@ -70,7 +70,7 @@ class Layer:
 
 
 def numbers_of(source: Source, plane: str) -> Sequence[int | None]:
-    """The numbers of a source's slices or pages; None for a picture, which is all there is."""
+    """Returns the numbers of a source's slices or pages; [None] for a 2D image."""
     if is_one_picture(source.path):
         return [None]
     shape, affine, is_stack = probe(source)
@@ -80,7 +80,7 @@ def numbers_of(source: Source, plane: str) -> Sequence[int | None]:
 
 
 def probe(source: Source) -> tuple[tuple[int, ...], np.ndarray | None, bool]:
-    """The shape of a source's values, its affine, and whether it is more than a picture."""
+    """Returns the shape, the affine (None for 2D images and stacks), and whether the source is a volume or a stack."""
     if suffix_of(source.path.name) in NIFTI and not source.files:
         scan = _header_of_nifti(source)
         if scan is not None:
@@ -90,12 +90,12 @@ def probe(source: Source) -> tuple[tuple[int, ...], np.ndarray | None, bool]:
 
 
 def scan_of(source: Source) -> Scan:
-    """A source, decoded; those read last are kept."""
+    """Decodes a source, or returns it from the cache."""
     return _KEPT.get((source.path, source.files), source.decode)
 
 
 def image_scan_of(source: Source, reading: Reading) -> Scan:
-    """A source that is no mask: as `scan_of`, with CT's values below zero wherever the file has put them."""
+    """Decodes an image, or returns it from the cache, with the offset of CT values removed."""
     if reading.intensity == LEGACY:
         return scan_of(source)
     return _KEPT.get((source.path, source.files, reading.offset), lambda: as_read(scan_of(source), reading))
@@ -110,17 +110,17 @@ def name_of(source: Source, number: int | None) -> str:
 
 
 def read_slice(source: Source, number: int | None, reading: Reading) -> np.ndarray:
-    """(H, W, 3), float32 between zero and one."""
+    """Reads a slice as (H, W, 3), float32 between zero and one."""
     scan = image_scan_of(source, reading)
     plane = _pictures(scan.values, scan.affine, reading.plane)[number or 0]
     return to_channels(plane, scan, parse_intensity(reading.intensity), reading.modality)
 
 
 def read_layer(mask: Source, image: Source, number: int | None, reading: Reading) -> Layer:
-    """The part of a mask's file that belongs to a slice of its image.
+    """Reads the slice of a mask file that belongs to a slice of its image.
 
     Raises:
-        UserError: if the two do not lie on each other.
+        UserError: if mask and image are not on the same grid.
     """
     scan = _KEPT.get(
         (mask.path, mask.files, image.path, image.files), lambda: _on_its_image(mask, image, reading.resample_masks)
@@ -136,7 +136,7 @@ def read_layer(mask: Source, image: Source, number: int | None, reading: Reading
 
 
 def check_grid(mask: Source, image: Source, resample: bool) -> None:
-    """Raises a UserError at once, by headers alone where they suffice, if a mask is not on its image's grid."""
+    """Raises a `UserError` if a mask is not on the grid of its image. Reads headers only, where they suffice."""
     shape, affine, _ = probe(image)
     mask_shape, mask_affine, _ = probe(mask)
     if (affine is None) != (mask_affine is None):
@@ -186,7 +186,7 @@ def _on_its_image(mask: Source, image: Source, resample: bool) -> Scan:
 
 
 def _header_of_nifti(source: Source) -> tuple[tuple[int, ...], np.ndarray, bool] | None:
-    """From the header alone; nothing if it is one that decoding has something to say of."""
+    """Returns the result of `probe` from the header; None if the file is invalid, which decoding reports."""
     import nibabel
 
     try:
@@ -230,7 +230,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 class _Kept:
-    """What was read last. One thread reads a file, so that none is read twice at once."""
+    """A cache of decoded files. A lock per file prevents two threads from decoding the same one."""
 
     def __init__(self, kept_bytes: int) -> None:
         self._kept_bytes = kept_bytes
@@ -262,7 +262,7 @@ class _Kept:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """By which a file that was written anew is told from the one that was read."""
+    """Returns the modification time and size of a file, so a rewritten file misses the cache."""
     try:
         status = path.stat()
     except OSError:

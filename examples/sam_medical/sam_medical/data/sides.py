@@ -1,4 +1,4 @@
-"""Labels of a left or a right, in the languages that labels are seen in: a mirrored picture makes them wrong."""
+"""Detects labels with a side, such as "left kidney", in many languages. Flipped images would make them wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import permutations
 
-# As words of their own.
+# Whole words.
 SIDES = """
     left right links rechts linke linker linkes rechte rechter rechtes gauche droit droite
     izquierdo izquierda derecho derecha esquerdo esquerda direito direita esquerre esquerra dret dreta
@@ -22,13 +22,13 @@ SIDES = """
     שמאל שמאלי שמאלית ימין ימני ימנית
     बायां दायां बायाँ दायाँ बाएँ दाएँ बाएं दाएं बायें दायें बायीं दायीं बाईं दाईं बाया दाया বাম ডান இடது வலது
 """
-# As beginnings of words, with whatever ending or thing behind them.
+# Beginnings of words.
 STEMS = "vänster höger vänstra högra venstre højre høyre høgre stâng dreapt αριστερ δεξι"
-# In languages that write without spaces, anywhere.
+# Anywhere in a label, for languages without spaces.
 PARTS = ("左", "右", "왼쪽", "오른쪽", "왼", "좌측", "우측", "ซ้าย", "ขวา")
 ARTICLES = ("ال", "ה")
-# In words that are put together of a side and a thing, or of letters, and words that mean something else as well: only
-# where both of a pair are among the labels; the left one first.
+# Abbreviations, parts of compound words, and ambiguous words, as (left, right). They count only if the labels contain
+# both sides of a pair.
 PAIRS = (
     ("l", "r"),
     ("left", "right"),
@@ -61,7 +61,7 @@ PAIRS = (
 
 
 def labels_with_a_side(labels: Sequence[str]) -> list[str]:
-    """Labels that a mirror makes wrong: those of a left or right, spelt out; and those in pairs of L and R."""
+    """Returns the labels that a flip would make wrong: with a spelt-out side, or in pairs such as L and R."""
     words = {label: _words(label) for label in labels}
     spelt = {label for label in labels if _has_a_side(label, words[label])}
     for one, other in permutations(labels, 2):
@@ -77,7 +77,7 @@ def _has_a_side(label: str, words: set[str]) -> bool:
 
 
 def _are_mirrored(words: set[str], others: set[str]) -> bool:
-    """Whether two labels differ in one word alone, and there by a left and a right: LK and RK, leftkidney."""
+    """Whether two labels differ in a single word, and there only by left and right, such as LK and RK."""
     if len(words - others) != 1 or len(others - words) != 1:
         return False
     (word,), (other,) = words - others, others - words
@@ -92,14 +92,14 @@ def _are_mirrored(words: set[str], others: set[str]) -> bool:
 
 
 def _words(label: str) -> set[str]:
-    """In small letters, also of leftKidney and kidney_L; marks belong to their letters, as Hindi's vowels do."""
+    """Splits a label such as leftKidney or kidney_L into lower-case words. Combining marks stay with their letters."""
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", unicodedata.normalize("NFC", label))
     letters = "".join(sign if unicodedata.category(sign)[0] in "LM" else " " for sign in apart)
     return {_plain(word) for word in letters.split()}
 
 
 def _plain(word: str) -> str:
-    """In small letters, whichever the alphabet's: a Turkish capital i has a dot, and Greek capitals no accents."""
+    """Lower-cases a word. Removes the dot of a Turkish capital i, and Greek accents, which capitals lack."""
     folded = unicodedata.normalize("NFD", word.casefold())
     bare = re.sub("(?<=[α-ω])\u0301|\u0307", "", folded)
     return unicodedata.normalize("NFC", bare)

@@ -1,4 +1,4 @@
-"""What there is in a folder: pictures, volumes and DICOM series, by name; and what is left over."""
+"""Finds the images, volumes and DICOM series in a folder, and names them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sam_medical.data.stacking import normal_of, order_of, problem_of
 
 JUNK_FOLDERS = {"__macosx", "$recycle.bin", "#recycle", "#snapshot", "system volume information", "@eadir"}
 JUNK_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "dicomdir", ".ds_store"}
-# Pixels that a header beside them refers to, or the header of such pixels.
+# Raw pixel files of a header file, and header files of raw pixel files.
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".hdr")
 LOCALIZERS = "DICOM localizers"
-# DICOM's modalities that say something of pictures, and may be as large.
+# DICOM modalities without pixels of their own.
 WITHOUT_PICTURES = ("SEG", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG")
 HEADER_TAGS = (
     "SOPClassUID",
@@ -41,15 +41,15 @@ HEADER_TAGS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a DICOM series, that holds one picture, stack or volume.
+    """A file or a DICOM series: one 2D image, stack or volume.
 
     Attributes:
-        path: The file; of a series its folder.
-        name: Its place in the folder it was found in, without the ending: what a mask of it is called.
-        files: Of a series, its slices from one end to the other.
-        problem: Why it cannot be read, where that is known already.
-        left_out: What it is that nobody segments: DICOM's picture for planning a scan, or DICOM without a picture.
-        hint: What to do if it should have a mask and has none.
+        path: The file, or the folder of a series.
+        name: The path relative to the searched folder, without extension. A mask has the same name.
+        files: The files of a series in slice order.
+        problem: Why the source cannot be read, if already known.
+        left_out: Why the source is skipped: a DICOM localizer, or DICOM without pixels. Empty for all other sources.
+        hint: Advice for the error message if the source has no mask.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        """By which images and masks are matched: however letters are written, and whichever case."""
+        """The key by which images and masks are matched: Unicode-normalised and lower-case."""
         return plain(self.name).lower()
 
     @property
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """The first of the folders that it lies in; empty if there is none."""
+        """The first folder of the name; empty if there is none."""
         return self.name.split("/")[0] if "/" in self.name else ""
 
     def decode(self) -> Scan:
@@ -80,12 +80,12 @@ class Source:
 
 
 def plain(text: str) -> str:
-    """With letters and their accents in one character, as most systems write them, and Macs do not."""
+    """Normalises Unicode to composed characters (NFC). macOS stores file names decomposed."""
     return unicodedata.normalize("NFC", text)
 
 
 def is_junk(path: Path) -> bool:
-    """What systems leave behind, which nobody means to be read."""
+    """Whether a path is a hidden or temporary file of an operating system or an editor."""
     name = path.name.lower()
     return name.startswith((".", "~$", "@")) or name in JUNK_FOLDERS or name in JUNK_FILES
 
@@ -95,10 +95,17 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def find_sources(folder: Path, skip: Sequence[Path] = ()) -> tuple[list[Source], list[Path]]:
-    """The sources in a folder and its folders, in the order of their names, and the files that are none.
+    """Finds the sources in a folder, recursively.
+
+    Args:
+        folder: The folder to search.
+        skip: Folders to leave out.
+
+    Returns:
+        The sources, sorted by key, and the files that are not images.
 
     Raises:
-        UserError: if two sources have one name.
+        UserError: if two sources have the same key.
     """
     sources: list[Source] = []
     unknown: list[Path] = []
@@ -116,7 +123,7 @@ def find_sources(folder: Path, skip: Sequence[Path] = ()) -> tuple[list[Source],
 
 
 def as_files(source: Source, folder: Path) -> list[Source]:
-    """The slices of a series, each as a picture of its own."""
+    """Returns each slice of a series as a separate source."""
     return [_single(path, folder) for path in sorted(source.files)]
 
 
@@ -133,7 +140,7 @@ def _walk(folder: Path, skip: Sequence[Path]) -> Iterator[tuple[Path, list[Path]
     for root, folders, names in os.walk(folder, followlinks=True):
         inner = Path(root)
         place = inner.resolve()
-        if place in seen:  # a link that leads back
+        if place in seen:  # a symbolic link to a folder above
             folders[:] = []
             continue
         seen.add(place)
@@ -159,7 +166,7 @@ def _without_twins(sources: list[Source]) -> list[Source]:
 
 
 def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]:
-    """A source for each series of slices in a folder, and one for each other file."""
+    """Returns one source per series of slices in a folder, and one per other DICOM file."""
     series: dict[Any, list[tuple[Path, Any]]] = defaultdict(list)
     singles: list[Source] = []
     unplaced = []
@@ -167,7 +174,7 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
         header = _header(path)
         is_slice = header is not None and int(header.get("NumberOfFrames") or 1) == 1
         left_out = _why_left_out(header)
-        if left_out and (len(paths) > 1 or left_out != LOCALIZERS):  # alone it is what there is
+        if left_out and (len(paths) > 1 or left_out != LOCALIZERS):  # a localizer is kept if it is the only file
             singles.append(replace(_single(path, folder), left_out=left_out))
         elif len(paths) == 1:
             singles.append(_single(path, folder))
@@ -186,7 +193,7 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
         volume = _volume(inner, f"{name}_series{said or number}" if many else name, slices)
         singles.append(replace(volume, hint=_hint_on_series(inner, volumes) if many else ""))
     names = [source.key for source in singles]
-    if len(set(names)) < len(names):  # two series of one number
+    if len(set(names)) < len(names):  # two series have the same number
         singles = [
             replace(source, name=f"{source.name}_{place + 1}") if names.count(source.key) > 1 else source
             for place, source in enumerate(singles)
@@ -236,7 +243,7 @@ def _header(path: Path) -> Any:
     try:
         return pydicom().dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS), force=True)
     except Exception:
-        return None  # which decoding it will say more of
+        return None  # decoding reports the error
 
 
 def _series_key(header: Any) -> tuple[Any, ...]:
@@ -245,7 +252,7 @@ def _series_key(header: Any) -> tuple[Any, ...]:
 
 
 def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
-    """A series in the order of its slices' positions, with what is wrong with them."""
+    """Returns a series with its slices sorted by position, and the problem with them, if there is one."""
     try:
         normal = normal_of(slices[0][1].get("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]))
         places = np.array([header.ImagePositionPatient for _, header in slices], dtype=float)

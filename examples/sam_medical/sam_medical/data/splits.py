@@ -1,4 +1,4 @@
-"""What folders of splits are called, and images that lie in such folders below images/."""
+"""Names of split folders, and splits by folders inside images/."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ SPLIT_NAMES = {
 
 
 def is_called(text: str, split: str) -> bool:
-    """Whether a split's name is among the words of a file's or folder's, as in instances_val2017."""
+    """Whether a file or folder name contains the name of a split as a word, as in instances_val2017."""
     words = re.split(r"[^a-z]+", text.lower())
     return any(name in words for name in SPLIT_NAMES[split])
 
 
 def split_named(folder: str) -> str:
-    """The split whose name a folder has; empty if it has none's."""
+    """Returns the split that a folder is named after; empty if there is none."""
     return next((split for split, names in SPLIT_NAMES.items() if folder.lower() in names), "")
 
 
 def are_splits(folders: Sequence[str]) -> bool:
-    """Whether folders' names are those of several splits, and nothing else."""
+    """Whether all folders are named after splits, and after at least two of them."""
     return len({split_named(folder) for folder in folders} - {""}) > 1 and all(map(split_named, folders))
 
 
 def pairs_below(pairs: Sequence[Pair], split: str, folder: Path) -> list[Pair] | None:
-    """A split's images where all lie in folders of splits, as in images/train and images/val; None where none does so.
+    """Returns the pairs of a split if images are in split folders, such as images/train and images/val.
+
+    Returns:
+        The pairs, without the split folder in their names; None if there are no such folders.
 
     Raises:
-        UserError: if some lie beside those folders, or none in this split's.
+        UserError: if some images are outside of these folders, or the split has no folder.
     """
     folders = sorted({pair.image.folder for pair in pairs})
     if len({split_named(name) for name in folders} - {""}) < 2:

@@ -1,4 +1,4 @@
-"""Whether slices that say where they are make an even volume, and in which order."""
+"""Sorts slices by position, and checks that they form an evenly spaced volume."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of the usual distance of two slices.
+# Allowed deviation, as a share of the median slice distance.
 UNEVEN = 0.1
 SAME_PLACE = 1e-3
 
 
 def normal_of(orientation: Sequence[float]) -> np.ndarray:
-    """The direction across slices, from DICOM's directions of rows and columns."""
+    """Returns the slice normal from DICOM's ImageOrientationPatient."""
     across = np.array(orientation, dtype=float)
     return np.cross(across[:3], across[3:])
 
 
 def order_of(places: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Of places (N, 3), from one end to the other."""
+    """Returns the indices that sort positions (N, 3), in millimetres, along the normal."""
     return np.argsort(places @ normal, kind="stable")
 
 
 def problem_of(places: np.ndarray, normal: np.ndarray, names: Sequence[str]) -> str:
-    """Why slices in their order are no even volume, after the words "FILE has"; empty if they are one."""
+    """Describes why sorted slices are not an evenly spaced volume, to follow "FILE has"; empty if they are.
+
+    Args:
+        places: The slice positions (N, 3), in millimetres.
+        normal: The slice normal.
+        names: The names of the slices.
+    """
     steps = np.diff(places, axis=0)
     gaps = steps @ normal
     usual = float(np.median(gaps))

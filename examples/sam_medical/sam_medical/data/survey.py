@@ -1,4 +1,4 @@
-"""What there is in a split, counted while every image is read once."""
+"""Statistics of a split: sizes, labels, contrast, duplicates and doubtful files, in one pass over its images."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from sam_medical.data.intensity import describe
 from sam_medical.data.loading import Framing, masks_for_training
 from sam_medical.data.reading import Reading, as_read
 
-# Of the image's shorter side: how far around a label its surroundings reach.
+# Width of the surroundings of a label, as a share of the image's shorter side; and its least width in pixels.
 SURROUNDINGS = 0.03
 LEAST_SURROUNDINGS = 2
 
 
 @dataclass
 class LabelCount:
-    """One label in one split.
+    """Statistics of one label in one split. Lists have one entry per image with the label.
 
     Attributes:
-        images: How many have it.
-        pixels, shares: How much of it there is, in all and as shares of its images.
-        left: Shares of it that are left at the model's size, of each image that has it.
-        vanished: Names of the images from which nothing is left.
-        contrasts: Its mean grey less that of its surroundings, in each image that has it.
+        images: Number of images with the label.
+        pixels: Number of pixels of the label in all images.
+        shares: The label's share of the pixels.
+        left: The share of the label's area that remains at the model's size.
+        vanished: Names of the images from which the label vanishes at the model's size.
+        contrasts: The label's mean grey minus that of its surroundings.
     """
 
     images: int = 0
@@ -48,7 +49,7 @@ class LabelCount:
 
 
 class Survey:
-    """Takes in a split's samples, one by one, in any thread."""
+    """Collects statistics of a split, sample by sample. Threads may add samples concurrently."""
 
     def __init__(self, labels: Sequence[str], framing: Framing, with_contrast: bool = False) -> None:
         self.labels = {label: LabelCount() for label in labels}
@@ -70,7 +71,7 @@ class Survey:
             self.images += 1
             self.sizes["{1}x{0}".format(*sample.image.shape)] += 1
             self.blank += not sample.masks.any()
-            if sample.image.min() < sample.image.max():  # blank ones are all alike
+            if sample.image.min() < sample.image.max():  # blank images would all count as duplicates
                 self.names_by_content.setdefault(content, sample.name)
             for place, count in enumerate(self.labels.values()):
                 pixels = int(sample.masks[place].sum())
@@ -86,7 +87,7 @@ class Survey:
                     count.contrasts.append(contrast)
 
     def look_at(self, scan: Scan | None, reading: Reading) -> None:
-        """Takes in the file of a sample, once."""
+        """Checks the file of a sample for doubtful values, once per file."""
         if scan is not None and scan.path not in self.doubts:
             self.doubts[scan.path] = doubt_about(as_read(scan, reading), reading)
 
@@ -118,7 +119,7 @@ class Survey:
 
 
 def describe_files(dataset: SegmentationDataset) -> list[dict[str, Any]]:
-    """Of each file: its size, spacing, orientation and range of values, and what becomes of these."""
+    """Describes each file: size, spacing, orientation, range of values, and their intensity mapping."""
     files: dict[Any, dict[str, Any]] = {}
     for index in range(len(dataset)):
         scan = dataset.scan(index)
@@ -143,7 +144,7 @@ def _describe_file(scan: Scan, dataset: SegmentationDataset) -> dict[str, Any]:
 
 
 def shared_images(surveys: Mapping[str, Survey]) -> list[tuple[str, str, str, str]]:
-    """Images of equal content in two splits: (split, name, other split, name)."""
+    """Returns images with equal content in two splits, as (split, name, other split, other name)."""
     found = []
     splits = list(surveys)
     for place, split in enumerate(splits):
@@ -154,7 +155,7 @@ def shared_images(surveys: Mapping[str, Survey]) -> list[tuple[str, str, str, st
 
 
 def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
-    """What a person should know before training: labels that are not there to be learned, and those that vanish."""
+    """Returns warnings to read before training, such as absent or vanishing labels and images in two splits."""
     train = surveys["train"]
     lines = [
         f'no training image has the label "{label}": it cannot be learned, and is kept out of means'

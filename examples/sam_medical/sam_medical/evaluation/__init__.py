@@ -1,1 +1,1 @@
-"""Predicting masks, scoring them, statistics over scores, and the tables and pictures of both."""
+"""Prediction, scores, statistics, tables and figures."""

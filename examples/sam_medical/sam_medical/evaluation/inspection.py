@@ -1,4 +1,4 @@
-"""What is in a data folder: counts, ranges, labels and doubts, split by split."""
+"""Inspection of a data folder: counts, value ranges, labels and warnings per split."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ KINDS_SHOWN = 4
 
 
 def inspect(options: InspectOptions) -> None:
-    """Reads every image of every split, prints what there is, and writes the files that were asked for.
+    """Reads every image of every split, prints statistics, and writes the requested files.
 
     Raises:
-        UserError: if some split cannot be read.
+        UserError: if a split cannot be read.
     """
     datasets, errors = open_all(options)
     surveys: dict[str, Survey] = {}
@@ -68,14 +68,18 @@ def inspect(options: InspectOptions) -> None:
 
 
 def in_short(errors: Mapping[str, str]) -> str:
-    """The first thing that is wrong, and where there is more."""
+    """Returns the first error, and the names of other splits with errors."""
     (split, problem), *_ = errors.items()
     others = [other for other, text in errors.items() if text != problem]
     return f"{split}: {problem}" + (f" What is wrong in {' and '.join(others)} is said above." if others else "")
 
 
 def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], dict[str, str]]:
-    """The splits that can be opened, read as training would read them, and what is wrong with the others."""
+    """Opens all splits as training would.
+
+    Returns:
+        The splits that can be opened, and the error of each other split.
+    """
     datasets: dict[str, SegmentationDataset] = {}
     errors: dict[str, str] = {}
     reading = options.reading
@@ -125,7 +129,7 @@ def format_split(split: str, content: Mapping[str, Any], dataset: SegmentationDa
 
 
 def format_files(files: list[dict[str, Any]]) -> list[str]:
-    """Each kind of file once, with how many there are of it."""
+    """Formats one line per kind of file, with the number of such files."""
     kinds: Counter[tuple[str, str]] = Counter()
     lows: dict[tuple[str, str], list[float]] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Masks and probabilities as files, each exactly where its image lies."""
+"""Writes masks and probabilities as files on the grid of their image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WHITE_16 = 65535
 
 
 def write_mask(scan: Scan, plane: str, masks: np.ndarray, path: Path) -> None:
-    """Masks (N, H, W) of a scan's slices in a plane: NIfTI of 0 and 1 for volumes, otherwise pictures of 0 and 255.
+    """Writes the masks of a scan: NIfTI with 0 and 1 for volumes, PNG or TIFF with 0 and 255 otherwise.
 
     Args:
-        scan: The image or volume that the masks belong to.
-        plane: The plane in which it was cut into slices.
-        masks: Bool, one per slice.
-        path: Where the file goes, without its ending.
+        scan: The segmented scan.
+        plane: The plane of its slices.
+        masks: Bool masks (N, H, W), one per slice.
+        path: The output file without extension.
     """
     if scan.affine is not None:
         _write_volume(scan, as_stored(scan, plane, masks).astype(np.uint8), path)
@@ -36,7 +36,7 @@ def write_mask(scan: Scan, plane: str, masks: np.ndarray, path: Path) -> None:
 
 
 def write_probabilities(scan: Scan, plane: str, probabilities: np.ndarray, path: Path) -> None:
-    """Probabilities (N, H, W): NIfTI of floats for volumes, otherwise pictures of sixteen bits, 65535 for one."""
+    """Writes probabilities (N, H, W): float NIfTI for volumes, otherwise 16-bit images scaled by 65535."""
     if scan.affine is not None:
         _write_volume(scan, as_stored(scan, plane, probabilities).astype(np.float32), path)
     else:
@@ -44,7 +44,7 @@ def write_probabilities(scan: Scan, plane: str, probabilities: np.ndarray, path:
 
 
 def as_stored(scan: Scan, plane: str, slices: np.ndarray) -> np.ndarray:
-    """Slices (N, H, W) as the volume's own axes have them, (X, Y, Z)."""
+    """Returns slices (N, H, W) in the volume's stored axes, (X, Y, Z)."""
     assert scan.affine is not None
     return np.ascontiguousarray(turned_back(slices, turn_to_plane(scan.affine, plane)))
 
@@ -62,7 +62,7 @@ def _write_pictures(scan: Scan, pictures: np.ndarray, path: Path) -> None:
 
 def _write_volume(scan: Scan, values: np.ndarray, path: Path) -> None:
     path = _with_ending(path, ".nii.gz")
-    with replacing_file(path) as temporary:  # whose name ends as the path's, which tells both libraries to compress
+    with replacing_file(path) as temporary:  # it keeps the suffix .nii.gz, by which both libraries compress
         if suffix_of(scan.path.name) in NIFTI and not scan.files:
             _write_like_nifti(scan, values, temporary)
         else:
@@ -70,7 +70,7 @@ def _write_volume(scan: Scan, values: np.ndarray, path: Path) -> None:
 
 
 def _write_like_nifti(scan: Scan, values: np.ndarray, path: Path) -> None:
-    """With the image's own header: its codes and units, and both of its forms, whichever a reader goes by."""
+    """Writes NIfTI with the header of the image: codes, units, and both sform and qform."""
     import nibabel
 
     source: Any = nibabel.load(scan.path)
@@ -100,13 +100,13 @@ def _write_with_itk(scan: Scan, values: np.ndarray, path: Path) -> None:
 
 
 def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """Writes a DICOM SEG with a segment per label, which refers to the images that it belongs to.
+    """Writes a DICOM SEG that references its images, one segment per label.
 
     Args:
         scan: A DICOM series, or one DICOM image.
-        volumes: The labels' masks, (K, N, H, W), in the order of the files.
-        labels: Their names.
-        path: Where the file goes, without its ending.
+        volumes: Bool masks (K, N, H, W), in the order of the files.
+        labels: The K label names.
+        path: The output file without extension.
     """
     import highdicom
     from pydicom.sr.codedict import codes
@@ -115,7 +115,7 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
     if scan.frames:
         volumes = volumes[:, np.argsort(scan.frames)]
     images = [pydicom().dcmread(file, force=True) for file in scan.files]
-    for image in images:  # what a SEG must refer to, and some files lack; the same for all of a series
+    for image in images:  # a SEG requires these attributes, which some files lack; they must agree within a series
         image.setdefault("FrameOfReferenceUID", generate_uid(entropy_srcs=[str(image.SeriesInstanceUID)]))
         if scan.affine is not None:
             image.setdefault("SliceThickness", float(voxel_sizes(scan.affine)[2]))
@@ -152,5 +152,5 @@ def write_dicom_seg(scan: Scan, volumes: np.ndarray, labels: Sequence[str], path
 
 
 def _with_ending(path: Path, ending: str) -> Path:
-    """Names may have dots of their own."""
+    """Appends an extension. `Path.with_suffix` would cut names that contain a dot."""
     return path.with_name(path.name + ending)

@@ -1,4 +1,4 @@
-"""Scores of segmentations: overlap as papers count it, distance of outlines, false alarms."""
+"""Segmentation metrics: Dice, IoU, surface distances and false alarms."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from sam_medical.common.files import replacing_file
 from sam_medical.data.base import Sample
 
 SCORES_FILE = "scores.csv"
-# Outlines count as equal within this share of the image's diagonal.
+# Tolerance of the surface Dice, as a share of the image's diagonal.
 TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class MaskScore:
-    """One label in one image.
+    """The scores of one label in one image.
 
     Attributes:
-        image, label: Names.
-        intersection, predicted, true: Pixels in both masks, in the predicted and in the true one.
-        hausdorff95: 95th percentile of the distances between the outlines, in pixels; where nothing is predicted, the
-            image's diagonal. None if the label is absent or distances were not asked for.
-        surface_dice: Share of both outlines that lies within `TOLERANCE` of the other; None as above.
-        group: The patient, volume or video that the image is from; none if it stands alone.
+        image: The name of the image.
+        label: The name of the label.
+        intersection: Number of pixels in both masks.
+        predicted: Number of pixels in the predicted mask.
+        true: Number of pixels in the true mask.
+        hausdorff95: 95th percentile of the surface distances, in pixels. The image's diagonal if nothing is predicted.
+            None if the label is absent or distances were not requested.
+        surface_dice: Share of both surfaces within `TOLERANCE` of the other; None as above.
+        group: The patient, volume or video of the image; empty if there is none.
     """
 
     image: str
@@ -45,7 +48,7 @@ class MaskScore:
 
     @property
     def dice(self) -> float:
-        """Dice as the paper takes it from Rahman et al. (CVPR 2023): 1 where both masks are blank."""
+        """Dice as in the paper, after Rahman et al. (CVPR 2023): 1 if both masks are empty."""
         total = self.predicted + self.true
         return 2 * self.intersection / total if total else 1.0
 
@@ -57,18 +60,19 @@ class MaskScore:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """One label's scores over a split; None where there is nothing to take them from.
+    """The scores of one label over a split; None if a score is undefined.
 
     Attributes:
-        dice: Mean over all images; an image where both masks are blank counts as 1, a false alarm as 0.
+        dice: Mean over all images. An image where both masks are empty counts as 1, a false alarm as 0.
         dice_present: Mean over the images that have the label.
-        dice_pooled: Dice of all images' pixels together; None if no image has the label.
+        dice_pooled: Dice of the pixels of all images together; None if no image has the label.
         iou: Intersection over union, mean over the images that have the label.
         hausdorff95: Mean over the images that have the label, in pixels.
         surface_dice: Mean over the images that have the label.
         false_alarms: Share of the images without the label in which some of it is predicted.
-        images, images_present: How many images there are, and how many have the label.
-        trained: Whether the label was there to be learned; one that was not is kept out of means.
+        images: Number of images.
+            images_present: Number of images that have the label.
+            trained: Whether a training image had the label. Labels without one are excluded from means.
     """
 
     dice: float
@@ -86,13 +90,13 @@ class LabelScores:
 def score_masks(
     sample: Sample, labels: Sequence[str], predicted: np.ndarray, distances: bool = False
 ) -> list[MaskScore]:
-    """One `MaskScore` per label.
+    """Scores the masks of one image, and returns one `MaskScore` per label.
 
     Args:
         sample: The image, with its true masks.
         labels: Names of the K labels.
         predicted: Bool masks (K, H, W).
-        distances: Whether to measure the distances between outlines, which takes far longer than the rest.
+        distances: Whether to compute surface distances, which is much slower than the rest.
     """
     scores = []
     for label, p, t in zip(labels, predicted, sample.masks, strict=True):
@@ -104,24 +108,30 @@ def score_masks(
 def score_labels(
     scores: Iterable[MaskScore], labels: Sequence[str], absent: Sequence[str] = ()
 ) -> dict[str, LabelScores]:
-    """Each label's scores; those of ``absent`` are of labels that no training image had."""
+    """Aggregates scores per label.
+
+    Args:
+        scores: The scores of all images and labels.
+        labels: The labels to return.
+        absent: Labels that no training image had.
+    """
     scores = list(scores)
     label_scores = {label: _score([score for score in scores if score.label == label]) for label in labels}
     return {label: replace(score, trained=label not in absent) for label, score in label_scores.items()}
 
 
 def mean_dice(scores: dict[str, LabelScores]) -> float:
-    """The paper's average: over labels, of Dice over all images."""
+    """Returns the paper's mean Dice: over all images, then over labels."""
     return float(np.mean([score.dice for score in scores.values() if score.trained]))
 
 
 def mean_pooled_dice(scores: dict[str, LabelScores]) -> float:
-    """The average of Dice of all pixels together, over the labels that are there; the paper's where none is."""
+    """Returns the mean pooled Dice over the labels that occur; `mean_dice` if none does."""
     pooled = mean_scores(scores).dice_pooled
     return mean_dice(scores) if pooled is None else pooled
 
 
-# The scores by which the best adapter may be chosen on the validation images.
+# Scores on the validation images by which the best adapter can be chosen.
 CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {
     "pooled-dice": mean_pooled_dice,
     "dice": mean_dice,
@@ -129,7 +139,7 @@ CRITERIA: dict[str, Callable[[dict[str, LabelScores]], float]] = {
 
 
 def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:
-    """Each score's average over the labels that have it; images are those of all labels together."""
+    """Averages each score over the labels where it is defined. Numbers of images are summed over labels."""
     values = [score for score in scores.values() if score.trained]
     names = [field.name for field in fields(LabelScores) if field.name != "trained"]
     means: dict[str, Any] = {name: _mean([getattr(value, name) for value in values]) for name in names}
@@ -138,7 +148,7 @@ def mean_scores(scores: Mapping[str, LabelScores]) -> LabelScores:
 
 
 def write_scores(scores: Iterable[MaskScore], path: Path) -> None:
-    """A CSV with a row for each image and label."""
+    """Writes a CSV file with one row per image and label."""
     names = [field.name for field in fields(MaskScore)]
     with replacing_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -148,10 +158,10 @@ def write_scores(scores: Iterable[MaskScore], path: Path) -> None:
 
 
 def read_scores(path: Path) -> list[MaskScore]:
-    """Reads what `write_scores` has written.
+    """Reads a file of `write_scores`.
 
     Raises:
-        UserError: if the file is missing or another one.
+        UserError: if the file cannot be read or has another content.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -164,7 +174,7 @@ def read_scores(path: Path) -> list[MaskScore]:
 
 
 def score_from_row(row: Mapping[str, str]) -> MaskScore:
-    """A score out of its row in a CSV, all values as text."""
+    """Parses a CSV row whose values are strings."""
     distances: dict[str, Any] = {
         name: float(row[name]) if row[name] else None for name in ("hausdorff95", "surface_dice")
     }

@@ -1,4 +1,4 @@
-"""A model's masks for a dataset, at the images' own sizes."""
+"""Prediction of masks at the original image sizes, and evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sam_medical.data.base import Sample
 from sam_medical.data.loading import EvaluationBatch, Framing
 from sam_medical.evaluation.metrics import MaskScore, score_masks
 
-# The share by which neighbouring windows overlap. Each window counts most at its middle.
+# Overlap of neighbouring windows. Gaussian weights give the centre of each window the most influence.
 OVERLAP = 0.25
 
 
 @torch.no_grad()
 def predict_logits(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, Tensor]]:
-    """Each sample with its mask logits (K, H, W) at the image's own size."""
+    """Yields each sample with its mask logits (K, H, W) at the original image size."""
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
@@ -39,13 +39,13 @@ def predict_logits(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iter
 
 
 def predict_masks(model: nn.Module, batches: Iterable[EvaluationBatch]) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Each sample with its predicted masks, bool (K, H, W) at the image's own size."""
+    """Yields each sample with its predicted masks, bool (K, H, W) at the original image size."""
     for sample, logits in predict_logits(model, batches):
         yield sample, (logits > 0).cpu().numpy()
 
 
 def _slide(model: nn.Module, sample: Sample, framing: Framing, device: torch.device) -> Tensor:
-    """Mask logits (K, H, W) by a window that slides over the whole image."""
+    """Returns mask logits (K, H, W) of a whole image by sliding-window inference."""
     assert framing.tile
     tile, side = (framing.tile, framing.tile), (framing.image_size, framing.image_size)
 
@@ -70,10 +70,22 @@ def evaluate(
     title: str,
     distances: bool = False,
 ) -> list[MaskScore]:
-    """The scores of every image and label; model and batches are what accelerate prepared, on every process."""
+    """Scores every image and label, on all processes.
+
+    Args:
+        accelerator: The accelerator that prepared model and batches.
+        model: The model.
+        batches: The batches of this process.
+        labels: The K label names.
+        title: The title of the progress bar.
+        distances: Whether to compute surface distances, which is slow.
+
+    Returns:
+        The scores of all processes, without duplicates.
+    """
     batches = tqdm(batches, desc=title, unit="batch", leave=False, disable=not accelerator.is_main_process)
     scores: list[MaskScore] = []
     for sample, predicted in predict_masks(model, batches):
         scores += score_masks(sample, labels, predicted, distances)
-    # Some processes repeat images at the end, to have as many batches as the others.
+    # Some processes repeat images at the end, so that all have the same number of batches.
     return list({(score.image, score.label): score for score in gather_object(scores)}.values())

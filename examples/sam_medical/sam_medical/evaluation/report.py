@@ -1,4 +1,4 @@
-"""Tables, numbers, curves and overlays of a run."""
+"""Tables and figures of a run: scores, curves, overlays and contact sheets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 SMOOTHING = 0.9
-# The most pixels of a panel's longer side.
+# Largest longer side of a drawn image, in pixels.
 MOST_SHOWN = 1000
-# The least ratio of the shorter side to the longer one. Thinner pictures are drawn wider than they are.
+# Smallest ratio of the shorter side to the longer one. Thinner images are stretched.
 LEAST_ASPECT = 0.2
 COLUMNS_BESIDE_DICE = ("present", "pooled", "IoU", "HD95", "surface Dice", "false alarms")
 COLUMNS = ("label", "Dice", "95 % interval", *COLUMNS_BESIDE_DICE, "images with it")
@@ -34,11 +34,11 @@ COLUMNS = ("label", "Dice", "95 % interval", *COLUMNS_BESIDE_DICE, "images with 
 def score_table(
     by_label: Mapping[str, LabelScores], scores: Sequence[MaskScore]
 ) -> tuple[Sequence[str], list[list[str]]]:
-    """Columns and rows: each label's scores, and their averages.
+    """Returns columns and rows: the scores of each label, and their mean.
 
     Args:
         by_label: The scores of each label.
-        scores: The scores of each image and label, from which the intervals are taken.
+        scores: The scores of each image and label, for the intervals.
     """
     rows = []
     for label, label_scores in by_label.items():
@@ -51,7 +51,7 @@ def score_table(
 
 
 def _trained(scores: Sequence[MaskScore], by_label: Mapping[str, LabelScores]) -> list[MaskScore]:
-    """The scores of labels that some training image had."""
+    """Returns the scores of labels that occur in training images."""
     return [score for score in scores if by_label[score.label].trained]
 
 
@@ -60,7 +60,7 @@ def _cells(dice: float, dice_of_cases: Mapping[str, Case], score: LabelScores) -
 
 
 def cells_beside_dice(score: LabelScores, form: str) -> list[str]:
-    """The cells under `COLUMNS_BESIDE_DICE`, shares in that format."""
+    """Returns the cells of `COLUMNS_BESIDE_DICE`. ``form`` is the format of shares."""
     values = [score.dice_present, score.dice_pooled, score.iou, score.hausdorff95, score.surface_dice]
     forms = [form, form, form, ".1f", form]
     cells = ["-" if value is None else f"{value:{form}}" for value, form in zip(values, forms, strict=True)]
@@ -72,7 +72,7 @@ def format_interval(bounds: tuple[float, float] | None) -> str:
 
 
 def format_table(by_label: Mapping[str, LabelScores], scores: Sequence[MaskScore]) -> str:
-    """The scores as a table for the terminal."""
+    """Formats the scores as a table for the terminal."""
     columns, rows = score_table(by_label, scores)
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     lines = [
@@ -91,7 +91,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def write_table(columns: Sequence[str], rows: Iterable[Sequence[str]], path: Path) -> None:
-    """The table as CSV."""
+    """Writes a table as CSV."""
     with replacing_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
@@ -118,7 +118,7 @@ def scores_as_json(by_label: dict[str, LabelScores], scores: Sequence[MaskScore]
 
 
 def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]], path: Path) -> None:
-    """Training loss at each step, and the validation Dice at the (step, Dice) pairs, one above the other."""
+    """Draws the training loss per step, and below it the validation Dice from (step, Dice) pairs."""
     figure, (loss_axes, dice_axes) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, constrained_layout=True)
     steps = np.arange(1, len(losses) + 1)
     loss_axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
@@ -132,17 +132,17 @@ def draw_curves(losses: Sequence[float], validations: Sequence[tuple[int, float]
 
 
 def draw_overlays(predictions: Iterable[tuple[Sample, np.ndarray]], labels: Sequence[str], folder: Path) -> None:
-    """One PNG per sample, by its name: the image, its true masks and the predicted ones."""
+    """Draws one PNG per sample: the image, its true masks and its predicted masks, bool (K, H, W)."""
     for sample, predicted in predictions:
         _draw_overlay(sample, predicted, labels, folder / f"{sample.name}.png")
 
 
 def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Sequence[str]]], path: Path) -> None:
-    """One PNG: a row of samples per split, with their true masks.
+    """Draws one PNG with a row of samples per split, with their true masks.
 
     Args:
         samples_of_split: The samples of each split, and the labels of their masks.
-        path: Where the picture goes.
+        path: The output file.
     """
     columns = max(len(samples) for samples, _ in samples_of_split.values())
     size = (2.2 * columns, 2.4 * len(samples_of_split) + 0.6)
@@ -161,7 +161,7 @@ def draw_contact_sheet(samples_of_split: Mapping[str, tuple[Sequence[Sample], Se
 def draw_grid(
     samples: Sequence[Sample], columns: Mapping[str, Sequence[np.ndarray]], labels: Sequence[str], path: Path
 ) -> None:
-    """One PNG: a row of panels per sample, the image and then each column's masks (K, H, W) on it."""
+    """Draws one PNG with a row per sample: the image, then the masks (K, H, W) of each column on it."""
     width = len(columns) + 1
     figure, axes = plt.subplots(
         len(samples), width, figsize=(2 * width, 2 * len(samples) + 0.6), squeeze=False, constrained_layout=True
@@ -205,7 +205,7 @@ def _draw_overlay(sample: Sample, predicted: np.ndarray, labels: Sequence[str], 
 
 
 def _show(panel: Any, image: np.ndarray, masks: np.ndarray, labels: Sequence[str]) -> None:
-    """An image with masks painted on it, as many pixels as a panel can show."""
+    """Draws an image with its masks, downsampled to what a panel can show."""
     height, width = image.shape[:2]
     rows, columns = _places(height, max(height, width)), _places(width, max(height, width))
     is_thin = min(height, width) < LEAST_ASPECT * max(height, width)
@@ -229,26 +229,26 @@ def overlay(image: np.ndarray, masks: np.ndarray, labels: Sequence[str]) -> Imag
 
 
 def shrunk(sample: Sample) -> Sample:
-    """As many of a sample's pixels as are ever shown, so that several large ones can be kept."""
+    """Downsamples a sample to the size at which it is drawn, to save memory."""
     height, width = sample.image.shape[:2]
     rows, columns = _places(height, max(height, width)), _places(width, max(height, width))
     return replace(sample, image=sample.image[rows][:, columns], masks=sample.masks[:, rows][:, :, columns])
 
 
 def _places(side: int, longer: int) -> np.ndarray:
-    """Which pixels of a side are shown: at least two, which outlines need, and of long sides only some."""
+    """Returns the pixel indices of a side that are drawn: at least two, because contours need two."""
     shown = max(2, round(side * min(1.0, MOST_SHOWN / longer)))
     return ((np.arange(shown) + 0.5) * side / shown).astype(int)
 
 
 def _colours(labels: Sequence[str]) -> list[Any]:
-    """A colour for each label; twenty before they come again."""
+    """Returns a colour per label. Colours repeat after twenty labels."""
     colormap = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
     return [colormap(index % colormap.N)[:3] for index in range(len(labels))]
 
 
 def _paint(axes: Any, mask: np.ndarray, colour: Sequence[float], aspect: str) -> None:
-    """A translucent area with a clear outline."""
+    """Draws a mask as a translucent area with an outline."""
     if mask.any():
         area = np.zeros((*mask.shape, 4))
         area[mask] = (*colour, 0.35)
@@ -257,7 +257,7 @@ def _paint(axes: Any, mask: np.ndarray, colour: Sequence[float], aspect: str) ->
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential moving average, not biased towards its start."""
+    """Returns the bias-corrected exponential moving average."""
     average, weight, result = 0.0, 0.0, []
     for value in values:
         average = SMOOTHING * average + (1 - SMOOTHING) * value

@@ -1,4 +1,4 @@
-"""Scoring a trained adapter on one split, from its folder to tables and pictures."""
+"""Evaluates a trained adapter on one split, and writes tables and figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ from sam_medical.options.commands import EvaluateOptions
 
 
 def score_adapter(options: EvaluateOptions) -> None:
-    """Scores the adapter on the split, prints the table, and writes the files that were asked for."""
+    """Scores the adapter on the split, prints the table, and writes the requested files.
+
+    Raises:
+        UserError: if the adapter, the dataset or the scores of ``--against`` cannot be used.
+    """
     prepare_process()
     task = read_task(Path(options.adapter))
     reading = replace(task.reading, resample_masks=options.resample_masks)
@@ -69,7 +73,7 @@ def score_adapter(options: EvaluateOptions) -> None:
 
 
 def check_comparable(other: Sequence[MaskScore], labels: Sequence[str], images: int, path: str) -> None:
-    """Raises a `UserError` if another method's scores cannot be of the same split, before anything is evaluated."""
+    """Raises a `UserError` if another method's scores have other labels or another number of images."""
     other_labels, other_images = {score.label for score in other}, len({score.image for score in other})
     if other_labels != set(labels) or other_images != images:
         raise UserError(

@@ -1,6 +1,6 @@
-"""How sure a score is, and whether one method is better than another, by scipy.
+"""Confidence intervals and tests of Dice scores, with scipy.
 
-Independent cases are counted: patients, volumes or videos where the dataset tells them apart, otherwise images.
+The unit is an independent case: a patient, volume or video if the dataset has such groups, otherwise an image.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method's Dice compared with another's, case by case.
+    """A paired comparison of two methods' Dice.
 
     Attributes:
-        difference: Mean over images of the first's Dice less the other's.
-        low, high: Bootstrap interval of the difference; None for a single case.
+        difference: Mean over images of the first method's Dice minus the other's.
+        low: Lower end of the bootstrap interval of the difference; None for a single case.
+        high: Upper end of the interval; None for a single case.
         p_value: The p value of a two-sided paired permutation test of the mean difference; 1 for a single case.
-        cases: How many both have.
+        cases: Number of cases.
     """
 
     difference: float
@@ -40,11 +41,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """A patient, volume, video or image, which is drawn or flipped as one.
+    """A patient, volume, video or image: the unit of resampling and permutation.
 
     Attributes:
-        total: The sum over its images of each one's Dice, or difference of Dice.
-        images: How many it has.
+        total: The sum over its images of Dice, or of differences of Dice.
+        images: Number of its images.
     """
 
     total: float
@@ -52,7 +53,7 @@ class Case:
 
 
 def dice_by_case(scores: Iterable[MaskScore]) -> dict[str, Case]:
-    """The cases by name; an image's Dice is the mean over its labels, and over runs where there are several."""
+    """Groups scores into cases, by name. The Dice of an image is the mean over its labels and runs."""
     values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
         values[score.group or score.image][score.image].append(score.dice)
@@ -63,7 +64,7 @@ def dice_by_case(scores: Iterable[MaskScore]) -> dict[str, Case]:
 
 
 def interval(cases: Collection[Case]) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of the mean over images, the same from one call to the next; None for one case."""
+    """Returns the 95 % bootstrap interval of the mean over images, with a fixed seed; None for a single case."""
     if len(cases) < 2:
         return None
     totals, images = np.array([case.total for case in cases]), np.array([case.images for case in cases])
@@ -84,10 +85,10 @@ def interval(cases: Collection[Case]) -> tuple[float, float] | None:
 
 
 def compare(scores: Sequence[MaskScore], other: Sequence[MaskScore]) -> Comparison:
-    """One method's scores with another's on the same cases.
+    """Compares one method's scores with another's on the same cases.
 
     Raises:
-        UserError: if they are not of the same images and labels.
+        UserError: if the two differ in images or labels.
     """
     mine, theirs = ({(score.image, score.label) for score in evaluation} for evaluation in (scores, other))
     if mine != theirs:
@@ -102,7 +103,7 @@ def compare(scores: Sequence[MaskScore], other: Sequence[MaskScore]) -> Comparis
     difference = float(totals.sum() / sum(case.images for case in differences))
     if bounds is None:
         return Comparison(difference, None, None, 1.0, len(differences))
-    # The number of images stays, so that flipping sums is flipping means.
+    # The number of images is constant, so permuting sums is the same as permuting means.
     test = stats.permutation_test(
         (totals,),
         np.sum,
@@ -119,7 +120,7 @@ def _mean_over_images(totals: np.ndarray, images: np.ndarray, axis: int) -> np.n
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number by Holm's step-down method."""
+    """Adjusts p values for multiple tests by Holm's step-down method."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for position, index in enumerate(np.argsort(p_values)):

@@ -1,1 +1,1 @@
-"""The options of the commands: dataclasses whose fields are flags and keys of a YAML file."""
+"""The options of the commands: dataclasses whose fields are command-line flags and YAML keys."""

@@ -1,4 +1,4 @@
-"""Checks that hold for every option of a name or type: each mistake is told in one line."""
+"""Checks of option values by the option's name and type. Each error is reported in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sam_medical.common.errors import UserError
 from sam_medical.common.paths import why_no_file, why_no_folder, why_not_a_path
 from sam_medical.common.values import LARGEST_IMAGE, LONGEST_TEXT, shortened
 
-# The least and the most that a number may be.
+# The allowed range of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "image_size": (1, LARGEST_IMAGE),
     "tile": (LEAST_TILE, LARGEST_IMAGE),
@@ -38,7 +38,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "batches": (1, 10**6),
 }
 ABOVE_ZERO = ("learning_rate", "value_rate")
-# Files and folders. A base model or text encoder may be one too; a name on the hub stays as it is.
+# Options that are files or folders. backbone and text_encoder may also be names on the Hugging Face Hub.
 PATHS = (
     *("data_root", "output_dir", "adapter", "images", "output", "csv", "markdown", "scores", "against", "sheet"),
     *("json", "dump", "report"),
@@ -48,11 +48,11 @@ MOST_CHOICES_IN_A_SENTENCE = 3
 
 
 def check_values(options: Any) -> None:
-    """Checks every option by its name and type; ``~`` in a path becomes the home folder.
+    """Checks every option by its name and type, and expands ``~`` in paths.
 
     Raises:
-        UserError: if a number is out of its range, a word is none of its choices, a text is empty or too long, a list
-            names something twice, or no system has such a path.
+        UserError: if a number is out of range, a word is not one of its choices, a text is empty or too long, a list
+            has duplicates, or a path is invalid.
     """
     words = choices_of(type(options))
     for f in fields(options):
@@ -76,7 +76,7 @@ def check_values(options: Any) -> None:
 
 
 def choices_of(options_type: Any) -> dict[str, tuple[str, ...]]:
-    """The words that may be given for each option whose type is a `Literal`."""
+    """Returns the choices of each option whose type is a `Literal`."""
     hints = get_type_hints(options_type)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
@@ -95,7 +95,7 @@ def require_file_to_be(options: object, name: str) -> None:
 
 
 def require_folder_to_be(options: object, name: str) -> None:
-    """Raises a `UserError` if the option's folder can be neither made nor written."""
+    """Raises a `UserError` if the option's folder cannot be created or written."""
     path = getattr(options, name)
     reason = None if path is None else why_no_folder(Path(path))
     require(options, name, reason is None, f"must be a folder, or one that can be made ({reason})")

@@ -1,4 +1,4 @@
-"""The options of each command, composed of the groups that it uses."""
+"""The options of each command, composed of groups."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ LARGEST_FACTOR = 1e6
 
 @dataclass
 class TrainOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptions, ModelOptions, DataOptions):
-    """Train S-SAM, or another method, on a folder of images and masks."""
+    """Train S-SAM or another method on images and masks."""
 
-    method: str = option("s-sam", f"How to train: {', '.join(METHODS)}; or package.module:NAME.", METHODS)
-    fold: int | None = option(None, "The fold to train on, from 1, of a dataset that has folds.")
-    learning_rate: float | None = option(None, "Peak learning rate; by default the method's, 5e-3 for S-SAM.")
-    seed: int = option(0, "Seed of the initialisation, the order of the images and their augmentation.")
-    resume: bool = option(False, "Go on where an interrupted run in output_dir stopped; start anew if there is none.")
+    method: str = option("s-sam", f"Training method: {', '.join(METHODS)}; or package.module:NAME.", METHODS)
+    fold: int | None = option(None, "Fold to train on, starting at 1, if the dataset has folds.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate. The default depends on the method and is 5e-3 for S-SAM."
+    )
+    seed: int = option(0, "Random seed for initialisation, image order and augmentation.")
+    resume: bool = option(False, "Continue an interrupted run in output_dir, or start a new one if there is none.")
     overwrite: bool = option(False, "Replace a finished run in output_dir.")
 
     def __post_init__(self) -> None:
         check_values(self)
-        _ = self.reading  # which checks how files are read
+        _ = self.reading  # validates intensity, offset and plane
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         check_method(self, self.method)
 
@@ -49,37 +51,37 @@ class TrainOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptions
 
 @dataclass
 class CompareOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptions, ModelOptions, DataOptions):
-    """Train and evaluate several methods alike, and write one report."""
+    """Train and evaluate several methods under equal conditions, and write one report."""
 
     output_dir: str = option("runs/comparison", "Folder for the runs and the report.")
     methods: str = option(
         "s-sam,lora",
-        "The methods, with commas between them; the first is the one that the others are compared with.",
+        "Comma-separated methods. The others are compared with the first one.",
         METHODS,
     )
-    seeds: int = option(3, "Number of seeds, from 0.")
-    folds: int | None = option(None, "Number of folds, from 1, of a dataset that has folds.")
+    seeds: int = option(3, "Number of seeds, starting at seed 0.")
+    folds: int | None = option(None, "Number of folds, starting at fold 1, if the dataset has folds.")
     rate_factors: str = option(
         "0.33,1,3",
-        "Learning rates to choose from on validation, as multiples of the method's own, with commas between them.",
+        "Comma-separated learning rates to try, as multiples of the method's default. Validation chooses the best.",
     )
-    jobs: int = option(1, "Runs at a time, which share the cores.")
-    examples: int = option(4, "Test images in the picture of all methods' masks.")
+    jobs: int = option(1, "Number of parallel runs. They share the CPU cores.")
+    examples: int = option(4, "Number of test images in the figure of all methods' masks.")
     report: str | None = option(
         None,
-        "Folder of a report. Its README.md, table and figures are written again from its own runs.csv, "
-        "scores.csv.gz, history.csv.gz and report.json. Nothing is trained, and of the other options only "
-        "--extensions goes with it.",
+        "Folder of an existing report. Rewrites its README.md, table and figures from its runs.csv, "
+        "scores.csv.gz, history.csv.gz and report.json, and trains nothing. Only --extensions can be combined "
+        "with it.",
     )
 
     def __post_init__(self) -> None:
         check_values(self)
-        _ = self.reading  # which checks how files are read
+        _ = self.reading  # validates intensity, offset and plane
         for method in self.method_names:
             if method not in METHODS:
                 raise UserError(f"methods names {method!r}, but the methods are {', '.join(METHODS)}.")
         require(self, "methods", len(set(self.method_names)) == len(self.method_names), "names one twice")
-        if "{fold}" in self.dataset:  # as older versions named the folds
+        if "{fold}" in self.dataset:  # the notation of older versions
             require(self, "folds", self.folds is not None, "must be given with {fold} in dataset")
         try:
             positive = all(0 < factor <= LARGEST_FACTOR for factor in self.factors)
@@ -100,19 +102,19 @@ class CompareOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptio
 
 @dataclass
 class InspectOptions(FramingOptions, DataOptions, ExtensionOptions):
-    """Show what is in a data folder before anyone trains on it, and what the model would be given."""
+    """Show the content of a data folder, and the model's input, before training."""
 
     dataset: str = option("own", DATASET_HELP, DATASETS)
-    fold: int | None = option(None, "The fold to show, from 1, of a dataset that has folds.")
-    sheet: str | None = option(None, "File for a picture of some images of each split with their masks.")
-    json: str | None = option(None, "File for all that is counted, as JSON.")
+    fold: int | None = option(None, "Fold to show, starting at 1, if the dataset has folds.")
+    sheet: str | None = option(None, "Output PNG file: a contact sheet of some images per split with their masks.")
+    json: str | None = option(None, "Output JSON file with all statistics.")
     dump: str | None = option(
-        None, "Folder for what is read: SPLIT/NAME.npz with image (H, W, 3), masks (K, H, W) and labels."
+        None, "Output folder for all samples: SPLIT/NAME.npz with image (H, W, 3), masks (K, H, W) and labels."
     )
 
     def __post_init__(self) -> None:
         check_values(self)
-        _ = self.reading  # which checks how files are read
+        _ = self.reading  # validates intensity, offset and plane
         require(
             self, "dataset", dataset_and_fold(self.dataset)[0] in DATASETS, f"must be one of {', '.join(DATASETS)}"
         )
@@ -126,25 +128,27 @@ class EvaluateOptions(ExtensionOptions):
     """Score a trained adapter on one split of its dataset."""
 
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
-    data_root: str | None = option(None, "Folder of the dataset's files.")
+    data_root: str | None = option(None, "Folder with the files of the dataset.")
     dataset: str | None = option(
-        None, "The dataset to read; by default the one that the adapter was trained on.", DATASETS
+        None, "Dataset to score. The default is the dataset that the adapter was trained on.", DATASETS
     )
-    fold: int | None = option(None, "The fold to read; by default the one that the adapter was trained on.")
-    resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
-    split: str = option("test", "The split to score.")
-    output: str | None = option(None, "File for the scores, as JSON.")
-    csv: str | None = option(None, "File for the table, as CSV.")
-    markdown: str | None = option(None, "File for the table, as Markdown.")
-    scores: str | None = option(None, "File for the scores of each image and label, as CSV.")
+    fold: int | None = option(None, "Fold to score. The default is the fold that the adapter was trained on.")
+    resample_masks: bool = option(
+        False, "Resample masks on another grid to the grid of their image (nearest neighbour)."
+    )
+    split: str = option("test", "Split to score.")
+    output: str | None = option(None, "Output JSON file with the scores.")
+    csv: str | None = option(None, "Output CSV file with the table.")
+    markdown: str | None = option(None, "Output Markdown file with the table.")
+    scores: str | None = option(None, "Output CSV file with the scores per image and label.")
     against: str | None = option(
-        None, "Another method's scores of each image, its run's scores.csv, to test the difference."
+        None, "The scores.csv of another run on the same split. Tests the difference of the two methods."
     )
-    overlays: str | None = option(None, "Folder for pictures of the images with true and predicted masks.")
+    overlays: str | None = option(None, "Output folder for figures of the images with true and predicted masks.")
     backbone: str | None = option(
-        None, "Where the pretrained weights are, if not where the adapter was trained.", BACKBONES
+        None, "Pretrained weights, if they have moved since the adapter was trained.", BACKBONES
     )
-    batch_size: int = option(4, "Images per step.")
+    batch_size: int = option(4, "Images per batch.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -156,19 +160,19 @@ class EvaluateOptions(ExtensionOptions):
 
 @dataclass
 class PredictOptions(ExtensionOptions):
-    """Segment images of one's own by the names of the labels."""
+    """Segment your own images with a trained adapter."""
 
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
-    images: str = option("", "An image, a volume, a DICOM series, or a folder of them and of folders.")
-    output: str = option("", "Folder for the masks, in a sub-folder per label.")
+    images: str = option("", "An image, volume or DICOM series; or a folder, which is searched recursively.")
+    output: str = option("", "Output folder for the masks, with one sub-folder per label.")
     threshold: float = option(0.5, "Probability above which a pixel belongs to a label.")
-    largest_component: bool = option(False, "Keep only the largest connected part of each label.")
-    probabilities: bool = option(False, "Write each label's probabilities, too.")
-    report: str | None = option(None, "File for what was found in each image, as JSON.")
+    largest_component: bool = option(False, "Keep only the largest connected component of each label.")
+    probabilities: bool = option(False, "Also write the probabilities of each label.")
+    report: str | None = option(None, "Output JSON file with the measurements of each image.")
     backbone: str | None = option(
-        None, "Where the pretrained weights are, if not where the adapter was trained.", BACKBONES
+        None, "Pretrained weights, if they have moved since the adapter was trained.", BACKBONES
     )
-    batch_size: int = option(4, "Images per step.")
+    batch_size: int = option(4, "Images per batch.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -181,7 +185,7 @@ class PredictOptions(ExtensionOptions):
 
 
 def check_method(options: ModelOptions, name: str) -> None:
-    """Raises a `UserError` if an option has no meaning for the method."""
+    """Raises a `UserError` if an option does not apply to the method."""
     method = METHODS[name]
     whole = options.tile is None or not method.needs_expert
     require(options, "tile", whole, f"has no meaning for {method.title}, which sees the whole image")

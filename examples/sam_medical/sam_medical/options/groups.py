@@ -1,4 +1,4 @@
-"""Groups of options that several commands share. A command's options are the groups that it uses, and its own."""
+"""Groups of options that several commands share."""
 
 from __future__ import annotations
 
@@ -23,47 +23,51 @@ if TYPE_CHECKING:
     from sam_medical.data.loading import Framing
     from sam_medical.data.reading import Reading
 
-DATASET_HELP = f"One of {', '.join(DATASETS)}; own is a folder of images and masks; or package.module:CLASS."
+DATASET_HELP = f"One of {', '.join(DATASETS)}, or package.module:CLASS. own is your own folder of images and masks."
 
 
 def option(default: Any, help: str, registry: Registry | None = None) -> Any:
-    """A dataclass's field with its help.
+    """Returns a dataclass field for an option.
 
     Args:
-        default: Its value where none is given.
-        help: What it is, as ``--help`` says it.
-        registry: Where its value is found by name; ``package.module:NAME`` is imported if it was typed.
+        default: The default value.
+        help: The text of ``--help``.
+        registry: The registry of the option's values. If the user types ``package.module:NAME``, it is imported.
     """
     return field(default=default, metadata={"help": help, "registry": registry})
 
 
 @dataclass
 class ExtensionOptions:
-    """Code of the user's own."""
+    """The user's own code."""
 
     extensions: list[str] | None = option(
-        None, "Modules of your own, imported first; they may add datasets, methods and backbones."
+        None, "Your own modules. They are imported first, and may register datasets, methods and backbones."
     )
 
 
 @dataclass
 class DataOptions:
-    """Which images there are, and how their files are read."""
+    """The images, and how their files are read."""
 
     dataset: str = option("brain-mri", DATASET_HELP + " brain-mri needs no files.", DATASETS)
-    data_root: str | None = option(None, "Folder of the dataset's files.")
-    labels: list[str] | None = option(None, "Labels to segment, with spaces between them; by default all.")
+    data_root: str | None = option(None, "Folder with the files of the dataset.")
+    labels: list[str] | None = option(None, "Labels to segment, separated by spaces. The default is all labels.")
     intensity: str = option(
         "auto",
-        f"How values become grey: {INTENSITY_FORMS}. auto leaves eight bits as they are, gives CT the soft-tissue "
-        "window, and other deep images percentiles of what is not background.",
+        f"Mapping of intensities to grey: {INTENSITY_FORMS}. auto keeps 8-bit values, uses the soft-tissue window for "
+        "CT, and percentiles of the foreground for all other images.",
     )
     offset: str = option(
         "auto",
-        f"What CT's values were stored with, in files without negative ones: {OFFSET_FORMS}; auto looks at many.",
+        f"Offset of CT values in files without negative values: {OFFSET_FORMS}. auto infers it from many images.",
     )
-    plane: Plane = option("axial", "The plane in which volumes are cut into slices, by their orientation in space.")
-    resample_masks: bool = option(False, "Bring a mask on another grid to its image's, by the nearest voxel.")
+    plane: Plane = option(
+        "axial", "Anatomical plane of the slices of a volume. stored uses the last axis of the file."
+    )
+    resample_masks: bool = option(
+        False, "Resample masks on another grid to the grid of their image (nearest neighbour)."
+    )
 
     @property
     def reading(self) -> Reading:
@@ -74,12 +78,12 @@ class DataOptions:
 
 @dataclass
 class FramingOptions:
-    """How an image becomes the model's square."""
+    """How images are mapped to the model's square input."""
 
-    image_size: int = option(128, "Side of the square that images are resized to, in pixels.")
-    fit: Fit = option("stretch", "stretch images to the square, or pad them, which keeps their aspect.")
+    image_size: int = option(128, "Side of the model's square input, in pixels.")
+    fit: Fit = option("stretch", "stretch images to the square, or pad them to keep their aspect ratio.")
     tile: int | None = option(
-        None, "Side of crops in pixels: train on them, and segment by a sliding window, instead of whole images."
+        None, "Side of training crops and of the sliding window, in image pixels. The default is the whole image."
     )
 
     @property
@@ -95,72 +99,77 @@ class BaseModelOptions:
 
     backbone: str = option(
         "lite-medsam",
-        "lite-medsam; hub name or folder of a SamModel; a segment-anything .pth file; or package.module:CLASS.",
+        "lite-medsam; Hub name or folder of a SamModel; a segment-anything .pth file; or package.module:CLASS.",
         BACKBONES,
     )
-    text_encoder: str = option("minilm", "minilm; or hub name or folder of a CLIP, as openai/clip-vit-base-patch32.")
+    text_encoder: str = option(
+        "minilm", "minilm; or Hub name or folder of a CLIP, such as openai/clip-vit-base-patch32."
+    )
 
 
 @dataclass
 class PromptOptions:
-    """What prompts a model, and which of its layers are tuned."""
+    """The prompts of a model, and its tuned layers."""
 
-    prompt: Prompt = option("text", "text; or learned, a token per label for names that no text encoder tells apart.")
+    prompt: Prompt = option(
+        "text",
+        "text embeddings of the label names; or learned, one token per label, for names that no text encoder knows.",
+    )
     target_modules: str | None = option(
-        None, "Regular expression of the layers to tune; by default all linear layers of the encoder and its neck."
+        None, "Regular expression of the layers to tune. The default is all linear layers of the encoder and its neck."
     )
 
 
 @dataclass
 class ModelOptions(PromptOptions, FramingOptions, BaseModelOptions):
-    """What the model is built of, and what it sees."""
+    """The parts of the model, and its input."""
 
 
 @dataclass
 class OptimOptions:
-    """How a model learns."""
+    """Optimisation."""
 
-    steps: int = option(400, "Updates of the adapter.")
-    batch_size: int = option(4, "Images per step and process.")
-    gradient_accumulation_steps: int = option(1, "Batches that make one update.")
-    value_rate: float = option(5.0, "Learning rate of A and B, as a multiple of the others'.")
-    warmup_steps: int = option(20, "Updates over which the learning rate rises, before it falls along a cosine.")
-    weight_decay: float = option(
-        0.01, "AdamW's decay of matrices that learn; of S-SAM, the text affine layer's alone."
+    steps: int = option(400, "Number of optimizer updates.")
+    batch_size: int = option(4, "Images per batch and process.")
+    gradient_accumulation_steps: int = option(1, "Batches per update.")
+    value_rate: float = option(
+        5.0, "Learning rate of the singular-value parameters A and B, as a multiple of learning_rate."
     )
-    focal_weight: float = option(20.0, "Weight of the focal loss beside the Dice loss.")
-    augmentation: Augmentation = option("upright", "Random views of the training images.")
-    mixed_precision: Precision = option("no", "Precision of the products.")
+    warmup_steps: int = option(20, "Updates of linear learning-rate warmup, followed by cosine decay.")
+    weight_decay: float = option(
+        0.01, "Weight decay of AdamW for trained matrices. For S-SAM, this is the text affine layer only."
+    )
+    focal_weight: float = option(20.0, "Weight of the focal loss, relative to the Dice loss.")
+    augmentation: Augmentation = option("upright", "Augmentation of the training images.")
+    mixed_precision: Precision = option("no", "Mixed precision of accelerate.")
     gradient_checkpointing: bool = option(
-        False, "Compute the encoder's blocks again in the backward pass instead of keeping their activations."
+        False, "Save memory: recompute the activations of the encoder's blocks in the backward pass."
     )
     compile: bool = option(
-        False, "Compile the model with torch.compile; the first steps take longer, the others less."
+        False, "Compile the model with torch.compile. The first steps are slower, the others faster."
     )
-    num_workers: int = option(0, "Processes that read and augment images.")
+    num_workers: int = option(0, "Worker processes that read and augment images.")
 
 
 @dataclass
 class ValidationOptions:
-    """When a model is validated, by which images and which score."""
+    """Validation: how often, on which images, and by which score."""
 
-    validate_every: int = option(50, "Updates between two validations, after each of which the state is saved.")
+    validate_every: int = option(50, "Updates between validations. The state is saved after each of them.")
     validation_images: int | None = option(
-        None, "Validate on this many images, evenly from the first to the last; by default on all."
+        None, "Number of validation images, evenly spaced over the split. The default is all."
     )
     choose_by: Criterion = option(
         "pooled-dice",
-        "The Dice on validation that chooses the best adapter: pooled-dice, of each label's pixels together; or dice, "
-        "the paper's, to which predicting nothing looks good where labels are rare.",
+        "Validation score that chooses the best adapter. pooled-dice pools all images' pixels per label. dice is "
+        "the paper's mean over images, which rewards empty predictions of rare labels.",
     )
-    overlays: int = option(6, "Test images drawn with their true and predicted masks.")
+    overlays: int = option(6, "Number of test images to draw with their true and predicted masks.")
 
 
 @dataclass
 class RunOptions:
-    """Where a run leaves its files, and who is told of it."""
+    """The output of a run."""
 
-    output_dir: str = option("runs/ssam", "Folder for the adapter, metrics, curves and overlays.")
-    report_to: str | None = option(
-        None, "A tracker that accelerate knows, such as tensorboard, beside the run's files."
-    )
+    output_dir: str = option("runs/ssam", "Output folder for the adapter, metrics, curves and overlays.")
+    report_to: str | None = option(None, "Tracker of accelerate, such as tensorboard, in addition to the run's files.")

@@ -1,6 +1,6 @@
-"""Options from the command line and a YAML file: a dataclass's fields are the flags and the file's keys.
+"""Parses options from the command line and a YAML file into a dataclass, whose fields are the flags and keys.
 
-The parser is argparse's. transformers has one for dataclasses too, but its import takes longer than help may.
+The parser is argparse. transformers has a parser for dataclasses, but its import would slow down ``--help``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ LARGEST_CONFIG = 2**20  # bytes
 LONGEST_MESSAGE = 500
 PLAIN = (str, int, float, bool, date, type(None))
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-# Options that import code, and so are taken from the command line alone.
+# Options that import code. They are accepted on the command line only.
 TYPED_ONLY = ("extensions",)
 
 
 def parse_options(options_type: type[T], arguments: list[str] | None = None) -> T:
-    """Options from the command line, over those of the YAML file that ``--config`` names, over the defaults.
+    """Parses options. The command line overrides the YAML file of ``--config``, which overrides the defaults.
 
-    Before the options are checked, the modules of ``--extensions`` are imported, and so is the module of every
-    ``package.module:NAME`` on the command line. No name in a file imports anything.
+    The modules of ``--extensions`` and of every ``package.module:NAME`` on the command line are imported before the
+    options are checked. Names in a file import nothing.
+
+    Args:
+        options_type: The dataclass of the options.
+        arguments: The arguments; None for those of the process.
 
     Raises:
-        UserError: for a flag or key that does not exist, or a value that is not of its type or range.
+        UserError: if a flag or key is unknown, or a value has the wrong type or is out of range.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(options_type)
@@ -61,7 +65,7 @@ def parse_options(options_type: type[T], arguments: list[str] | None = None) -> 
 
 
 def flags_of(values: dict[str, Any]) -> list[str]:
-    """Option names and values as the command line takes them; None is left out."""
+    """Converts options to command-line arguments. Values of None are left out."""
     flags: list[str] = []
     for name, value in values.items():
         if value is not None:
@@ -70,7 +74,7 @@ def flags_of(values: dict[str, Any]) -> list[str]:
 
 
 def changed_options(options: Any) -> dict[str, Any]:
-    """The options that are not at their defaults."""
+    """Returns the options that differ from their defaults."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     return {name: value for name, value in values.items() if value != getattr(type(options), name)}
 
@@ -83,7 +87,7 @@ class _Parser(ArgumentParser):
 
 
 def _parser(options_type: type) -> _Parser:
-    """A parser with a flag for each field, spelled with underscores or hyphens."""
+    """Returns a parser with one flag per field, spelled with underscores or hyphens."""
     parser = _Parser(
         description=options_type.__doc__, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter
     )
@@ -94,20 +98,20 @@ def _parser(options_type: type) -> _Parser:
             *spellings, default=f.default, help=f.metadata.get("help"), **_argument_of(hints[f.name], f.name)
         )
     parser.add_argument(
-        "--config", help="YAML file of these options, or the name of one that is shipped, as demo; flags override it."
+        "--config", help="YAML file of options, or the name of a shipped one, such as demo. Flags override it."
     )
     return parser
 
 
 def _argument_of(hint: Any, name: str) -> dict[str, Any]:
-    """What argparse needs to know of a field's type."""
+    """Returns the arguments of `add_argument` for a field's type."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (one for one in get_args(hint) if one is not type(None))
     if hint is bool:
         return {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
     if get_origin(hint) is list:
         return {"type": get_args(hint)[0], "nargs": "+"}
-    if get_origin(hint) is Literal:  # which `check_values` checks, so that messages name the option and its value
+    if get_origin(hint) is Literal:  # `check_values` checks the choice, with a clearer message
         return {"type": str, "metavar": f"{{{','.join(get_args(hint))}}}"}
     return {"type": hint}
 
@@ -119,7 +123,7 @@ def _true_or_false(text: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without references, by which a few lines can stand for more than fits into memory."""
+    """A YAML loader without aliases, by which a few lines could expand to more than fits into memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
@@ -128,7 +132,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path, options_type: type, parser: ArgumentParser) -> dict[str, Any]:
-    """The file's options, each checked and converted as if it had been given as a flag."""
+    """Reads the options of a file. Each one is checked and converted like a flag."""
     content = _load_yaml(path)
     if content is None:
         return {}
@@ -152,7 +156,7 @@ def _read_yaml(path: Path, options_type: type, parser: ArgumentParser) -> dict[s
 
 
 def _config_path(name: str) -> Path:
-    """A file, or by its bare name one of the configurations that come with the package."""
+    """Returns the path of a file, or of a configuration of the package by its bare name."""
     shipped = [folder / f"{name}.yaml" for folder in (PACKAGE / "configs", PACKAGE.parent / "configs")]
     is_bare = re.fullmatch(r"[\w-]+", name) is not None and not Path(name).exists()
     return next((path for path in shipped if is_bare and path.is_file()), Path(name))
@@ -169,6 +173,6 @@ def _load_yaml(path: Path) -> Any:
         raise UserError(f"cannot read the configuration {path}: {error}.") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deep; it must hold lines of the form `key: value`.") from error
-    # Values that look like a date or a number and are none end in errors of Python's own.
+    # PyYAML raises these errors for invalid dates and numbers.
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:LONGEST_MESSAGE]}") from error
