@@ -1,6 +1,6 @@
 """How much of a trained change is lost by conversion to LoRA of rank r?
 
-    PYTHONPATH=examples/sam_medical python benchmarks/lora_conversion.py [--adapter folder] [--ranks 8 64]
+    python benchmarks/lora_conversion.py [--adapter folder] [--ranks 8 64]
 
 PEFT's `convert_to_lora` keeps the r leading singular values of each layer's change W' - W. The error is the Frobenius
 norm of the discarded part, relative to that of the change: over all linear layers, and in the best and worst layer.

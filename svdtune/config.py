@@ -195,7 +195,7 @@ class SVDScaleShiftConfig(PeftConfig):
             del values[name]
         return values
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes ``adapter_config.json``, and a model card that explains how to load the adapter.
 
         Args:

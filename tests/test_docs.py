@@ -33,16 +33,10 @@ import svdtune
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "examples/sam_medical"
 PAGES = [ROOT / "README.md", ROOT / EXAMPLE / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What runs `sam-medical COMMAND`.
-SAM_MEDICAL = {
-    "train": f"{EXAMPLE}/train.py",
-    "evaluate": f"{EXAMPLE}/evaluate.py",
-    "predict": f"{EXAMPLE}/predict.py",
-    "compare": f"{EXAMPLE}/compare.py",
-    "inspect": f"{EXAMPLE}/inspect_data.py",
-}
-# Scripts that take no options.
-WITHOUT_OPTIONS = {f"{EXAMPLE}/made_up.py"}
+# What runs `sam-medical COMMAND`, as `python -m sam_medical` does.
+SAM_MEDICAL = f"{EXAMPLE}/sam_medical/__main__.py"
+# Commands that take no options.
+WITHOUT_OPTIONS = ((SAM_MEDICAL, "made-up"),)
 # Places that a command makes, or that are a reader's own; everything else with a slash must be in the repository.
 NOT_IN_REPOSITORY = re.compile(r"(runs|made-up)/|DATA\b|FOLDER\b|OTHER\b|\$|facebook/|openai/|/")
 # Those that would install, download or test for a long time: their arguments are checked, they are never run.
@@ -135,7 +129,8 @@ def test_a_command_exists_with_its_options_and_paths(block, command):
     if program == "export":
         return
     script, arguments = script_of(program, arguments)
-    known = set() if script in WITHOUT_OPTIONS else options_of(script)
+    command = arguments[:1] if script == SAM_MEDICAL else []
+    known = set() if (script, *command) in WITHOUT_OPTIONS else options_of(script, *command)
     assert (ROOT / script).is_file()
     for flag in FLAG.findall(" ".join(arguments)):
         assert flag in known, f"{script} has no {flag}"
@@ -186,7 +181,7 @@ def words_of(command: str) -> list[str]:
 def script_of(program: str, arguments: list[str]) -> tuple[str, list[str]]:
     """The script in the repository that a command runs, and the script's arguments."""
     if program == "sam-medical":
-        return SAM_MEDICAL[arguments[0]], arguments[1:]
+        return SAM_MEDICAL, arguments
     if program == "accelerate":
         start = next(index for index, word in enumerate(arguments) if word.endswith(".py"))
         return arguments[start], arguments[start + 1 :]
@@ -195,8 +190,8 @@ def script_of(program: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 
 @functools.cache
-def options_of(script: str) -> set[str]:
-    status, output = run_script(script, ["--help"])
+def options_of(script: str, *command: str) -> set[str]:
+    status, output = run_script(script, [*command, "--help"])
     assert status == 0, output
     return set(FLAG.findall(output))
 
@@ -227,7 +222,7 @@ def check_installation(arguments: list[str]) -> None:
     assert arguments[0] == "install"
     for argument in arguments[1:]:
         name, _, extras = argument.partition("[")
-        if argument in ("-e", "--no-deps"):
+        if argument in ("-c", "-e", "--no-deps", "constraints.txt"):
             continue
         if "==" in argument:
             assert argument in (ROOT / "Makefile").read_text(encoding="utf-8"), argument
