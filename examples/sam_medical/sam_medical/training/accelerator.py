@@ -1,4 +1,4 @@
-"""Accelerate as the options ask for it, and its trackers."""
+"""Creates the accelerator and its tracker from the options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sam_medical.options.commands import TrainOptions
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises a `UserError` if the tracker or the precision is not available here."""
+    """Returns the accelerator of a run. Raises a `UserError` if the tracker or the precision is not available."""
     available = [str(tracker) for tracker in get_available_trackers()]
     if options.report_to is not None and options.report_to not in available:
         raise UserError(
@@ -26,7 +26,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
             project_dir=options.output_dir,
-            # The only buffers are constants, the same in every process.
+            # All buffers are constants, so broadcasting them is unnecessary.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
@@ -34,7 +34,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
 
 def start_tracking(accelerator: Accelerator, options: TrainOptions) -> None:
-    """Starts the tracker, if there is one, with the options of the run."""
+    """Starts the tracker, if the options name one, and logs the options."""
     if options.report_to is not None:
         plain = {
             name: value if isinstance(value, (int, float)) else str(value) for name, value in asdict(options).items()
