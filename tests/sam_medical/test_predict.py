@@ -137,7 +137,7 @@ def test_what_is_not_read_is_named_at_the_end(segment, tmp_path, capsys):
         segment(tmp_path / "new", report=tmp_path / "report.json")
     assert stop.value.code == 3
     said = capsys.readouterr().err
-    for name in ("bad.png cannot be read", "slide.svs.part is no image", "time.nii.gz is 4 x 4 x 4 x 5"):
+    for name in ("bad.png cannot be read", "slide.svs.part is not an image", "time.nii.gz is 4 x 4 x 4 x 5"):
         assert name in said
     report = json.loads((tmp_path / "report.json").read_text())
     assert [entry["name"] for entry in report["files"]] == ["good"] and len(report["not_read"]) == 3

@@ -385,7 +385,7 @@ class TestOwnData:
         with pytest.raises(UserError, match=r"Scan0\.png has no mask scan0 .* and there is 0scan\.png"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": 7, "../cyst": 1}')
-        with pytest.raises(UserError, match=r"has the label '\.\./cyst'; its name is also a folder's"):
+        with pytest.raises(UserError, match=r"has the label '\.\./cyst'; its name is also a folder name"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": "7"}')
         with pytest.raises(

@@ -107,8 +107,8 @@ class CocoAnnotations:
                 mask = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
             except Exception as error:
                 raise UserError(
-                    f"{self.path} has an outline of {image.path.name} that is none, annotation "
-                    f"{annotation.get('id')}; mend or remove it."
+                    f"{self.path} has an invalid outline of {image.path.name}, annotation "
+                    f"{annotation.get('id')}; fix or remove it."
                 ) from error
             result[self.places[annotation["category_id"]]] |= mask > 0
         return result
@@ -120,7 +120,7 @@ def _require_size_of_runs(path: Path, annotation: Mapping[str, Any], image: Sour
     if isinstance(said, list) and tuple(said) != size:
         raise UserError(
             f"{path} has run lengths of {' x '.join(map(str, said))} in annotation {annotation.get('id')}, and "
-            f"{image.path.name} is {size[0]} x {size[1]} (height x width); export it anew from the picture's own size."
+            f"{image.path.name} is {size[0]} x {size[1]} (height x width); export it again at the image's own size."
         )
 
 
@@ -193,6 +193,6 @@ def _require_size(path: Path, image: Source, said: tuple[int, int], size: tuple[
     """Compares sizes (height, width). A stated size of zero means that the file states none."""
     if all(said) and said != size:
         raise UserError(
-            f"{path} says that {image.path.name} is {said[1]}x{said[0]} pixels, but it is {size[1]}x{size[0]} as "
-            "viewers show it; annotate the picture anew, or put in the one that belongs there."
+            f"{path} states that {image.path.name} is {said[1]}x{said[0]} pixels, but it is {size[1]}x{size[0]} as "
+            "viewers show it; annotate the image again, or use the image that was annotated."
         )

@@ -165,7 +165,7 @@ def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple
     if intensity == AUTO_CT or (intensity == AUTO and is_ct(scan, modality)):
         reason = "its modality" if modality or scan.modality else "its values"
         return bounds, f"the soft-tissue window, {bounds[0][0]:g} to {bounds[0][1]:g}: CT by {reason}"
-    return bounds, "percentiles of what is not background"
+    return bounds, "percentiles of the foreground"
 
 
 def bounds_of(intensity: str, scan: Scan, modality: str = "") -> list[tuple[float, float]] | None:

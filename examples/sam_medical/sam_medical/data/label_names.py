@@ -74,7 +74,7 @@ def label_names(content: Any, path: Path) -> LabelNames:
     content = {plain(name): value for name, value in content.items()}
     ignored = [name for name in content if name.lower() == "ignore"]
     if ignored:
-        raise UserError(f"{path} has the label {ignored[0]!r}, and there is no way to leave pixels out; remove it.")
+        raise UserError(f"{path} has the label {ignored[0]!r}, but pixels cannot be ignored; remove it.")
     backgrounds = [value for name, value in content.items() if name.lower() in BACKGROUND_NAMES]
     content = {name: value for name, value in content.items() if name.lower() not in BACKGROUND_NAMES}
     numbers = {name: _as_numbers(value) for name, value in content.items()}

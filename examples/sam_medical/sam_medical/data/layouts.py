@@ -309,7 +309,7 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
             stranger = min(strangers, key=str)
             raise UserError(
                 f"{file} has {len(of_image[stranger])} annotations of an image with the id {stranger!r}, which it "
-                "does not list; add the image, or take them out."
+                "does not list; add the image, or remove them."
             )
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
@@ -317,7 +317,7 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
             if not found:
                 raise UserError(f"{file} lists {name}, which is in no folder of {folder}; add it.")
             if len(found) > 1:
-                raise UserError(f"{file} lists {name}, and {found[0]} and {found[1]} are called so; give its folder.")
+                raise UserError(f"{file} lists {name}, which may be {found[0]} or {found[1]}; give its folder.")
             path = found[0]
             used.add(path)
             size = int(image.get("height") or 0), int(image.get("width") or 0)
@@ -363,7 +363,7 @@ def _why_without_labels(files: Sequence[Path]) -> str:
         if used:
             known = ", ".join(str(category["id"]) for category in content["categories"]) or "none"
             given = f"{len(content['annotations'])} annotations the categories {', '.join(sorted(used))}"
-            return f"{file} gives its {given}, and lists {known}; add those to its categories."
+            return f"{file} gives its {given}, but lists {known}; add them to its categories."
     return f"{files[0]} holds no annotations; export it with its outlines."
 
 
@@ -371,10 +371,10 @@ def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
     number = annotation.get("id")
     if annotation.get("category_id") not in places:
         raise UserError(
-            f"{file} gives annotation {number} the category {annotation.get('category_id')}, which is none."
+            f"{file} gives annotation {number} the category {annotation.get('category_id')}, which it does not list."
         )
     if not annotation.get("segmentation"):
-        raise UserError(f"{file} gives annotation {number} a box and no outline; export it with segmentations.")
+        raise UserError(f"{file} gives annotation {number} a box but no outline; export it with segmentations.")
 
 
 def _labelme_files(folder: Path) -> list[Path]:
@@ -414,7 +414,7 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
         image = pictures.of_labelme(path, name)
         if image is None:
             raise UserError(
-                f"{path} is of {name}, which lies neither beside it nor at its like place in images; put it beside it."
+                f"{path} is of {name}, which lies neither beside it nor at the same place in images; put it beside it."
             )
         used.add(image)
         shapes = [

@@ -43,28 +43,30 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
     values = _brightness(layer)
     distinct = np.unique(values)
     if not np.isfinite(distinct).all():
-        raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
+        raise UserError(f"{layer.path} holds NaN or infinity; a mask must hold whole numbers.")
     low, high = float(distinct[0]), float(distinct[-1])
     if low < 0:
-        raise UserError(f"{layer.path} holds {low:g}; a mask holds zero, and above it what is the label.")
+        raise UserError(
+            f"{layer.path} holds {low:g}; a mask must hold zero for background and positive values for labels."
+        )
     if len(distinct) == 1:
         return values > (127 if layer.lossy else 0)
     if len(distinct) == 2:
         return values > (low + high) / 2
     if _is_picture(values, distinct):
         raise UserError(
-            f"{layer.path} holds {len(distinct)} values, most of them between black and white: a picture, and no "
-            "mask; put in the mask."
+            f"{layer.path} holds {len(distinct)} values, most of them between black and white: an image, and no "
+            "mask; use the mask."
         )
     if layer.lossy:
         if high < LEAST_WHITE:
-            raise UserError(f"{layer.path} holds 0 to {high:g} in a format that changes values; save the mask as PNG.")
+            raise UserError(f"{layer.path} holds 0 to {high:g} in a lossy format; save the mask as PNG.")
         return values > 127
     if _has_soft_edges(values, distinct):
         if _has_numbers(values, distinct):
             some = _some(distinct[(distinct > low) & (distinct < high)])
             raise UserError(
-                f"{layer.path} holds {some} beside {high:g}, and not as soft edges: numbers of things, or of labels. "
+                f"{layer.path} holds {some} beside {high:g}, and not as soft edges: instance or label numbers. "
                 f"Save it with 0 and {high:g}, or put it into masks itself and say in labels.json which values are "
                 'the label, {"NAME": [1, 2]}.'
             )
@@ -99,7 +101,7 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
     if layer.lossy or any(number % 1 for number in unknown):
         raise UserError(
             f"{layer.path} holds {some}, between the labels {known_text}: it was interpolated, or saved in a "
-            "format that changes values; make it anew with nearest neighbours, in PNG or NIfTI."
+            "lossy format; make it again with nearest-neighbour interpolation, in PNG or NIfTI."
         )
     remedy = f'Say in labels.json what they are, {{"NAME": {unknown[-1]:g}}}, or make' if unknown[-1] > 0 else "Make"
     raise UserError(f"{layer.path} holds {some}, which belong to no label; known are {known_text}. {remedy} them 0.")
@@ -159,8 +161,8 @@ def _check_between(layer: Layer, found: np.ndarray, known: np.ndarray, colours: 
     if found.any() and along.max() < 0.5:
         number = int(found[along.argmax()])
         raise UserError(
-            f"{layer.path} holds nothing brighter than #{number:06x}, which is no soft edge of {_list(colours)}; give "
-            "the colours or values that the masks have."
+            f"{layer.path} holds nothing brighter than #{number:06x}, which is not a soft edge of {_list(colours)}; "
+            "give the colours or values that the masks have."
         )
 
 
@@ -202,7 +204,7 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
             whole = np.rint(values)
             values = whole.astype(int) if np.abs(values - whole).max() < ROUNDING else values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
+            raise UserError(f"{layer.path} holds NaN or infinity; a mask must hold whole numbers.")
         if layer.alpha is not None:
             values = np.where(layer.alpha > 0, values, values.dtype.type(0))
         found.insert(0 if layer.grey_palette else len(found), values)
@@ -320,8 +322,8 @@ def _warn_of_edges(layer: Layer, numbers: np.ndarray) -> None:
         between = here & (low < value) & (high > value)
         if here.sum() >= NAMED_AT_MOST and between.sum() >= EDGE_SHARE * here.sum():
             warnings.warn(
-                f"{layer.path}: {value} is nowhere but at the edges of higher values, as if the mask had been "
-                "interpolated; if so, make it anew with nearest neighbours.",
+                f"{layer.path}: {value} occurs only at the edges of higher values, as if the mask had been "
+                "interpolated; if so, make it again with nearest-neighbour interpolation.",
                 stacklevel=2,
             )
             return

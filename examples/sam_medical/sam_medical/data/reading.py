@@ -148,7 +148,7 @@ def check_grid(mask: Source, image: Source, resample: bool) -> None:
         if shape != mask_shape:
             raise UserError(
                 f"{_of(mask)} is {_pixels(mask_shape)}, its image {_pixels(shape, False)} ({image.path.name}); "
-                "put in the pair that belongs together."
+                "use the image and the mask that belong together."
             )
         return
     if not resample:
@@ -169,7 +169,7 @@ def _check_distance(
     sizes = f"{_size(of_mask[0])} voxels and {_size(shape)}"
     raise UserError(
         f"{_of(mask)} does not lie on its image {image.path}: {sizes}, and corners up to {distance:.4g} mm apart. "
-        "Give --resample-masks true to take the nearest voxels, or put in the pair that belongs together."
+        "Give --resample-masks true to take the nearest voxels, or use the image and the mask that belong together."
     )
 
 

@@ -223,7 +223,7 @@ def _hint_on_places(folder: Path, count: int) -> str:
     if count < 2:
         return ""
     return (
-        f"the {count} DICOM files of {folder} say no place (ImagePositionPatient), so each is a picture of its own: "
+        f"the {count} DICOM files of {folder} have no position (ImagePositionPatient), so each is a separate image: "
         "give each a mask of its name, or save them as a volume, with dcm2niix for example."
     )
 
@@ -258,7 +258,7 @@ def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
         places = np.array([header.ImagePositionPatient for _, header in slices], dtype=float)
         order = order_of(places, normal)
     except (ValueError, TypeError) as error:
-        return Source(path, name, problem=f"{path} has slices without a place ({first_line(error)}); remove them.")
+        return Source(path, name, problem=f"{path} has slices without a position ({first_line(error)}); remove them.")
     files = tuple(slices[index][0] for index in order)
     problem = problem_of(places[order], normal, [file.name for file in files])
     return Source(path, name, files, f"{path} has {problem}" if problem else "")

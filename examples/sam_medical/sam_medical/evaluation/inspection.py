@@ -71,7 +71,7 @@ def in_short(errors: Mapping[str, str]) -> str:
     """Returns the first error, and the names of other splits with errors."""
     (split, problem), *_ = errors.items()
     others = [other for other, text in errors.items() if text != problem]
-    return f"{split}: {problem}" + (f" What is wrong in {' and '.join(others)} is said above." if others else "")
+    return f"{split}: {problem}" + (f" The errors of {' and '.join(others)} are printed above." if others else "")
 
 
 def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], dict[str, str]]:

@@ -88,7 +88,7 @@ class Segmenter:
         try:
             write_dicom_seg(scan, masks, self.task.labels, folder_in(output, "dicom-seg", *below.parts) / stem)
         except AttributeError as error:
-            return {"no_dicom_seg": f"the file does not say its {error.name}"}
+            return {"no_dicom_seg": f"the file has no {error.name}"}
         except (ValueError, KeyError, TypeError) as error:
             return {"no_dicom_seg": first_line(error)}
         return {}
@@ -109,7 +109,7 @@ def segment_files(options: PredictOptions) -> None:
     model, task = load_adapter(Path(options.adapter), options.backbone)
     segmenter = Segmenter(model.to(Accelerator().device).eval(), task, options)
     found: list[dict[str, Any]] = []
-    unread = [f"{path} is no image" for path in unknown if path.suffix.lower() not in TEXTS]
+    unread = [f"{path} is not an image" for path in unknown if path.suffix.lower() not in TEXTS]
     for source in tqdm(sources, unit="file", disable=None):
         try:
             found.append(segmenter.segment(source))

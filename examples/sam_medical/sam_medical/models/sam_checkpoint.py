@@ -58,7 +58,7 @@ def sam_model_from_checkpoint(path: Path) -> SamModel:
     if "image_encoder.pos_embed" not in weights:
         raise UserError(
             f"{path} is not a segment-anything checkpoint: it has no image_encoder.pos_embed. "
-            "Give sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one of their like."
+            "Give sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or a similar file."
         )
     try:
         model = SamModel(architecture_of(weights))

@@ -56,7 +56,7 @@ def check_distinct(text_embeddings: Tensor, labels: Sequence[str], text_encoder:
         names = [labels[place] for place in (alike | alike.T).any(1).nonzero().flatten().tolist()]
         raise UserError(
             f"the text encoder {text_encoder} cannot tell these labels apart: {', '.join(names)}. Give other names, "
-            "another --text-encoder, or --prompt learned, which learns a token a label."
+            "another --text-encoder, or --prompt learned, which learns one token per label."
         )
 
 
@@ -90,7 +90,7 @@ def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
 
 def _finite(embeddings: Tensor, text_encoder: str) -> Tensor:
     if not embeddings.isfinite().all():
-        raise UserError(f"{text_encoder} makes NaN or infinity of the labels; its weights are damaged.")
+        raise UserError(f"{text_encoder} encodes labels as NaN or infinity; its weights are damaged.")
     return embeddings
 
 

@@ -17,7 +17,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if options.report_to is not None and options.report_to not in available:
         raise UserError(
-            f"report_to {options.report_to!r} is no tracker that accelerate finds here; install its package, or give "
+            f"report_to {options.report_to!r} is not a tracker that accelerate finds here; install it, or give "
             f"one of {', '.join(available) or 'none: no tracker is installed'}."
         )
     try:
@@ -30,7 +30,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
-        raise UserError(f"mixed_precision {options.mixed_precision!r} cannot be had here: {error}") from error
+        raise UserError(f"mixed_precision {options.mixed_precision!r} is not available here: {error}") from error
 
 
 def start_tracking(accelerator: Accelerator, options: TrainOptions) -> None:

@@ -122,12 +122,12 @@ def notes_before_training(
 ) -> list[str]:
     notes = list(dataset.notes)
     if dataset.reading.intensity != options.intensity:
-        notes.append(f"intensity auto is {dataset.reading.intensity} here, and kept in the adapter")
+        notes.append(f"intensity auto is {dataset.reading.intensity} here, and stored in the adapter")
     if dataset.reading.offset not in (NONE, options.offset):
-        notes.append(f"{in_words(dataset.reading.offset)}; kept in the adapter")
+        notes.append(f"{in_words(dataset.reading.offset)}; stored in the adapter")
     sided = labels_with_a_side(dataset.labels)
     if sided and options.augmentation != "none":
-        notes.append(f"views are not mirrored, since labels have a side: {', '.join(sided)}")
+        notes.append(f"images are not flipped, because labels have a side: {', '.join(sided)}")
     return notes + warnings_of(surveys)
 
 

@@ -132,7 +132,7 @@ class Checkpoints:
     def _unpack(self, files: Mapping[str, bytes], steps: int) -> Unpacked:
         names = [random_file(process) for process in range(self._accelerator.num_processes)]
         if files.keys() != {RUN_FILE, *SHARED_FILES, *names}:
-            raise DamagedError(MANIFEST_FILE, "it names other files than a run of so many processes saves")
+            raise DamagedError(MANIFEST_FILE, "its files are not those of a run with this number of processes")
         for name in names:
             unpack_random(files, name)
         return unpack(files, self._training, steps)

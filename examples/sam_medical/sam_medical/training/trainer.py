@@ -184,9 +184,11 @@ class Trainer:
         """Raises a `UserError` if batches are too small or distributed, which batch normalisation does not allow."""
         title = self.method.title
         if self.options.batch_size < 2:
-            raise UserError(f"{title} normalises over the batch: give a batch_size of at least 2.")
+            raise UserError(f"{title} uses batch norm; give a batch_size of at least 2.")
         if self.accelerator.num_processes > 1:
-            raise UserError(f"{title} keeps statistics of its batches, each process its own: train it in one.")
+            raise UserError(
+                f"{title} uses batch norm, whose statistics differ between processes; train it in one process."
+            )
 
     def _load_validation_images(self) -> DataLoader:
         options = self.options
