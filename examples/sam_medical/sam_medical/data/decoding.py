@@ -295,14 +295,14 @@ def _in_order(scan: Scan, header: Any) -> Scan:
     shared = header.get("SharedFunctionalGroupsSequence", [None])[0]
     frames = header.PerFrameFunctionalGroupsSequence
 
-    def of_each(sequence: str, keyword: str) -> list[Any]:
+    def per_frame(sequence: str, keyword: str) -> list[Any]:
         groups = [frame if sequence in frame else shared for frame in frames]
         return [list(group[sequence].value[0][keyword].value) for group in groups]
 
-    orientations = np.array(of_each("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
+    orientations = np.array(per_frame("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         raise UserError(f"{scan.path} holds frames in several directions; save each stack as a file of its own.")
-    places = np.array(of_each("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
+    places = np.array(per_frame("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
     normal = normal_of(orientations[0])
     order = order_of(places, normal)
     problem = problem_of(places[order], normal, [f"frame {number + 1}" for number in order])
@@ -312,7 +312,7 @@ def _in_order(scan: Scan, header: Any) -> Scan:
     if len(rescaled) > 1:
         raise UserError(f"{scan.path} rescales its frames differently; save it as NIfTI, with dcm2niix for example.")
     rows, columns = orientations[0][3:], orientations[0][:3]
-    down, right = (float(side) for side in of_each("PixelMeasuresSequence", "PixelSpacing")[0])
+    down, right = (float(side) for side in per_frame("PixelMeasuresSequence", "PixelSpacing")[0])
     step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
     spacing = (right, down, float(np.linalg.norm(step)))
     direction = np.stack([columns, rows, step / spacing[2]], axis=1)
@@ -339,8 +339,8 @@ def _has_places(header: Any) -> bool:
         *header.get("SharedFunctionalGroupsSequence", []),
         *header.get("PerFrameFunctionalGroupsSequence", [])[:1],
     ]
-    said = {element.keyword for group in groups for element in group}
-    return said >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
+    stated = {element.keyword for group in groups for element in group}
+    return stated >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
 
 
 def _read_tiff(path: Path) -> Scan:

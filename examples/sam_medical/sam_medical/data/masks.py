@@ -64,7 +64,7 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
         return values > 127
     if _has_soft_edges(values, distinct):
         if _has_numbers(values, distinct):
-            some = _some(distinct[(distinct > low) & (distinct < high)])
+            some = _abbreviated(distinct[(distinct > low) & (distinct < high)])
             raise UserError(
                 f"{layer.path} holds {some} beside {high:g}, and not as soft edges: instance or label numbers. "
                 f"Save it with 0 and {high:g}, or put it into masks itself and say in labels.json which values are "
@@ -87,16 +87,16 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
             if len(known) > 2:
                 _warn_of_edges(layer, numbers)
             return np.stack([np.isin(numbers, list(some)) for some in values.values()])
-    of_one = _cut_for_one_label(layer, values, candidates)
-    if of_one is not None:
-        return of_one
+    single_label_mask = _cut_for_one_label(layer, values, candidates)
+    if single_label_mask is not None:
+        return single_label_mask
     if not candidates:
         raise UserError(
             f"{layer.path} is a mask in colours; save it with one channel, a whole number for each label, or give "
             'labels.json the colours, {"liver": "#ff0000"}.'
         )
     unknown = sorted(set(np.unique(candidates[0]).tolist()) - known)
-    some = _some(unknown)
+    some = _abbreviated(unknown)
     known_text = sorted(known)
     if layer.lossy or any(number % 1 for number in unknown):
         raise UserError(
@@ -128,7 +128,9 @@ def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Seq
     if unknown and len(colours) > 1:
         some = ", ".join(f"#{number:06x}" for number in unknown[:NAMED_AT_MOST])
         more = " and others" if len(unknown) > NAMED_AT_MOST else ""
-        raise UserError(f"{layer.path} holds {some}{more}, which belong to no label; known are {_list(colours)}.")
+        raise UserError(
+            f"{layer.path} holds {some}{more}, which belong to no label; known are {_colour_list(colours)}."
+        )
     distances = ((found[:, None] >> (16, 8, 0) & 255)[:, None] - known) ** 2
     nearest = distances.sum(2).argmin(1)
     if unknown:
@@ -157,16 +159,18 @@ def _check_between(layer: Layer, found: np.ndarray, known: np.ndarray, colours: 
     aside = np.linalg.norm(pixels - along[:, None] * colour, axis=1)
     if aside.max() > (90 if layer.lossy else 24):
         number = int(found[aside.argmax()])
-        raise UserError(f"{layer.path} holds #{number:06x}, which belongs to no label; known are {_list(colours)}.")
+        raise UserError(
+            f"{layer.path} holds #{number:06x}, which belongs to no label; known are {_colour_list(colours)}."
+        )
     if found.any() and along.max() < 0.5:
         number = int(found[along.argmax()])
         raise UserError(
-            f"{layer.path} holds nothing brighter than #{number:06x}, which is not a soft edge of {_list(colours)}; "
-            "give the colours or values that the masks have."
+            f"{layer.path} holds nothing brighter than #{number:06x}, which is not a soft edge of "
+            f"{_colour_list(colours)}; give the colours or values that the masks have."
         )
 
 
-def _list(colours: Mapping[str, Colour]) -> str:
+def _colour_list(colours: Mapping[str, Colour]) -> str:
     return ", ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.values())
 
 
@@ -302,7 +306,7 @@ def _flat_pixels(values: np.ndarray, where: np.ndarray) -> int:
     return count
 
 
-def _some(numbers: Sequence[float] | np.ndarray) -> str:
+def _abbreviated(numbers: Sequence[float] | np.ndarray) -> str:
     more = " and others" if len(numbers) > NAMED_AT_MOST else ""
     return ", ".join(f"{number:g}" for number in numbers[:NAMED_AT_MOST]) + more
 

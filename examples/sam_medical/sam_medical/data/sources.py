@@ -189,8 +189,8 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     name = inner.resolve().name if place == "." else place
     many = len(volumes) > 1
     for number, slices in enumerate(volumes, start=1):
-        said = slices[0][1].get("SeriesNumber")
-        volume = _volume(inner, f"{name}_series{said or number}" if many else name, slices)
+        series_number = slices[0][1].get("SeriesNumber")
+        volume = _volume(inner, f"{name}_series{series_number or number}" if many else name, slices)
         singles.append(replace(volume, hint=_hint_on_series(inner, volumes) if many else ""))
     names = [source.key for source in singles]
     if len(set(names)) < len(names):  # two series have the same number
@@ -229,13 +229,13 @@ def _hint_on_places(folder: Path, count: int) -> str:
 
 
 def _hint_on_series(folder: Path, volumes: Sequence[Sequence[tuple[Path, Any]]]) -> str:
-    said = "; ".join(
+    series_list = "; ".join(
         f"series {slices[0][1].get('SeriesNumber')}, {len(slices)} slices from {slices[0][0].name}"
         for slices in volumes
     )
     return (
-        f"{folder} holds {len(volumes)} DICOM series ({said}): leave the one that was segmented there, and move the "
-        "others."
+        f"{folder} holds {len(volumes)} DICOM series ({series_list}): leave the one that was segmented there, and "
+        "move the others."
     )
 
 

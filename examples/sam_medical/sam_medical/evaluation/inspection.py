@@ -49,12 +49,14 @@ def inspect(options: InspectOptions) -> None:
         print(f"{split}: {problem}\n")
     if not surveys:
         raise UserError(in_short(errors))
-    said = warnings_of(surveys) if "train" in surveys else []
-    for line in said:
+    note_lines = warnings_of(surveys) if "train" in surveys else []
+    for line in note_lines:
         print(f"note: {line}")
     if options.json:
         shared = [list(pair) for pair in shared_images(surveys)]
-        write_json(Path(options.json), {"splits": content, "in_two_splits": shared, "notes": said, "errors": errors})
+        write_json(
+            Path(options.json), {"splits": content, "in_two_splits": shared, "notes": note_lines, "errors": errors}
+        )
     if options.sheet:
         chosen = {split: thinned(datasets[split], SHOWN_A_SPLIT) for split in surveys}
         shown = {

@@ -63,14 +63,14 @@ class Segmenter:
         }
         seconds = round(time.monotonic() - started, 3)
         doubt = doubt_about(image_scan_of(source, self.task.reading), self.task.reading)
-        said = {"doubt": f"values {doubt}"} if doubt else {}
+        doubt_entry = {"doubt": f"values {doubt}"} if doubt else {}
         return {
             "file": str(source.path),
             "name": source.name,
             "seconds": seconds,
             "labels": labels,
             **problems,
-            **said,
+            **doubt_entry,
         }
 
     def _write(self, source: Source, scan: Scan, masks: np.ndarray, probabilities: np.ndarray) -> dict[str, str]:

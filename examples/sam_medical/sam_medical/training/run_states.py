@@ -120,7 +120,7 @@ class Checkpoints:
                     check_same_run(self._folder, read_json(files[RUN_FILE]), self._run)
                     self._unpack(files, steps)
                 except DamagedError as error:
-                    damages.append(_say(self._folder / name_of(step), error))
+                    damages.append(_damage_message(self._folder / name_of(step), error))
                     continue
                 for damage in damages:
                     print(f"{damage}; going on from the state before it.", flush=True)
@@ -234,7 +234,7 @@ def check_states(folder: Path) -> None:
             read_state(folder / name_of(step))
             return
         except DamagedError as error:
-            damages.append(_say(folder / name_of(step), error))
+            damages.append(_damage_message(folder / name_of(step), error))
     if damages:
         raise UserError(_none_is_whole(folder, damages))
 
@@ -321,7 +321,7 @@ def _message(error: OSError | UserError) -> str:
     return describe(error) if isinstance(error, OSError) else str(error)
 
 
-def _say(folder: Path, error: DamagedError) -> str:
+def _damage_message(folder: Path, error: DamagedError) -> str:
     name, reason = error.args
     return f"{folder / name} is damaged ({reason})"
 
