@@ -91,7 +91,7 @@ class TestModality:
             dataset = open_own(tmp_path / name)
             reading = settle_reading(dataset)
             doubt = doubt_about(dataset.scan(0), reading)
-            assert reading.intensity == chosen and ("an MRI's phases" in doubt) == (name == "phase")
+            assert reading.intensity == chosen and ("MRI phase images" in doubt) == (name == "phase")
 
     @pytest.mark.parametrize(("modality", "is_said"), [("", True), ("PT", False), ("MR", False)])
     def test_only_what_may_be_ct_is_said_to_be(self, tmp_path, modality, is_said):

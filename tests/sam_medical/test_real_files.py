@@ -707,7 +707,7 @@ class TestLayouts:
         self.coco(tmp_path / "b", {"segmentation": {"counts": counts, "size": [48, 64]}, "iscrowd": 1})
         np.testing.assert_array_equal(open_own(tmp_path / "b")[0].masks[0], shape)
         self.coco(tmp_path / "c", {"segmentation": [], "bbox": [14, 10, 21, 21]})
-        with pytest.raises(UserError, match="gives annotation 0 a box and no outline"):
+        with pytest.raises(UserError, match="gives annotation 0 a box but no outline"):
             open_own(tmp_path / "c")
 
     @pytest.mark.parametrize("image_id", [999, "44"])
@@ -725,7 +725,7 @@ class TestLayouts:
         with pytest.raises(UserError, match=r"run lengths of 20 x 30 in annotation 0, and 000\.jpg is 48 x 64"):
             open_own(tmp_path / "a")[0]
         self.coco(tmp_path / "b", {"segmentation": [[14, 10, 35, 10, 35, 31]], "category_id": 3})
-        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, and lists 7, 9; add those"):
+        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, but lists 7, 9; add them"):
             open_own(tmp_path / "b")
 
     @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
@@ -967,7 +967,7 @@ class TestDicom:
             place = {"0020|0032": f"-10\\{1.5 * number}\\{5.0 * number}"}
             self.write(tmp_path / "p", np.zeros((1, 8, 8)), names=[f"{number}.dcm"], **place)
         (source,), _ = find_sources(tmp_path)
-        with pytest.raises(UserError, match=r"p has slices that do not lie .*tilted by 17 degrees.*dcm2niix"):
+        with pytest.raises(UserError, match=r"p has slices that are not aligned .*tilted by 17 degrees.*dcm2niix"):
             source.decode()
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
