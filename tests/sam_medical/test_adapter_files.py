@@ -1,4 +1,4 @@
-"""An adapter's folder is read only if it is what was written: nothing in it can harm, hang or mislead."""
+"""Adapter folders: changed, damaged or malicious files are rejected."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def ssam(adapters, tmp_path):
 
 
 def rewrite(folder, name, content):
-    """Another file, and a task.json that says that it is the right one, as somebody would write who means harm."""
+    """Replaces a file, and updates the digests in task.json as an attacker would."""
     if isinstance(content, dict) and name.endswith(".safetensors"):
         save_file(content, folder / name)
     else:

@@ -1,4 +1,4 @@
-"""The three commands, end to end, on a miniature of GlaS with small random models."""
+"""train, evaluate and predict end to end, on a miniature of GlaS with small random models."""
 
 import errno
 import json

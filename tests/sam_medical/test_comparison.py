@@ -1,4 +1,4 @@
-"""compare.py: which runs there are, that none is done twice, and that the table says what they gave."""
+"""compare.py: the runs of a comparison, repeated commands, and the table."""
 
 import csv
 import functools
@@ -118,7 +118,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(run, options, tmp_pat
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    """In place of training: Dice as a function of the run's flags."""
+    """Replaces training: Dice is a function of the run's flags."""
 
     def fake_training(dice_of, weights_of=lambda flags: "0123"):
         def call(command, **_):
@@ -184,7 +184,7 @@ def test_folds_make_one_test_set(fake_training, tmp_path):
 
 
 def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_path):
-    """A fold's validation images are another one's test images."""
+    """The validation images of a fold are the test images of another fold."""
     fake_training(
         lambda flags: (-abs(float(flags["--learning-rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
     )

@@ -1,4 +1,4 @@
-"""What lies beside images and masks: other masks, DICOM without pictures, what systems leave behind."""
+"""Other files beside images and masks: further masks, DICOM without pixels, system files."""
 
 import numpy as np
 import pytest

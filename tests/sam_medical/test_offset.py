@@ -1,4 +1,4 @@
-"""What CT's values were stored with is decided by the whole set and kept; what comes out black or white is said."""
+"""The offset of CT values: inferred from all training images, and stored. Doubtful values are reported."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What predict writes lies exactly where its image lies, and what it cannot read it names."""
+"""predict.py: masks on the grid of their image, and a report of unreadable files."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ class BrightPixels(nn.Module):
 
 @pytest.fixture
 def segment(run, tmp_path, monkeypatch):
-    """Runs predict.py with `BrightPixels` in place of an adapter's model; gives the folder of the bright label."""
+    """Runs predict.py with `BrightPixels` as the model. Returns the folder of the bright label."""
 
     def go(images, image_size=32, intensity="auto", plane="axial", fit="stretch", tile=None, **options):
         task = Task("own", ("bright", "dark"), "lite-medsam", image_size, "minilm", intensity=intensity, plane=plane)

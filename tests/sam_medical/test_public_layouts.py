@@ -1,5 +1,7 @@
-"""The public datasets as they are downloaded, in miniature and with their quirks: RGBA files, masks of 0 and 1,
-columns that lie, smooth edges, borders, overlapping findings; and folders of one's own."""
+"""Miniatures of the public datasets with their peculiarities, and the layouts of the user's own data.
+
+The peculiarities are RGBA files, masks of 0 and 1, misleading columns, smooth edges, borders and overlapping findings.
+"""
 
 import itertools
 import json

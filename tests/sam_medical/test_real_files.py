@@ -1,4 +1,4 @@
-"""Files as hospitals and labs have them are read as their viewers show them, or refused in one line."""
+"""Files from hospitals and labs: read as their viewers show them, or rejected in one line."""
 
 import json
 import unicodedata

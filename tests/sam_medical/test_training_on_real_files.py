@@ -1,4 +1,4 @@
-"""Training says what it was given, learns from small and thin things, and refuses what it could not learn."""
+"""Training on real file formats: notes about the input, small structures, and unusable data."""
 
 import json
 import os
