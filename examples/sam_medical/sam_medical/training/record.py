@@ -93,7 +93,7 @@ class RunRecord:
 
     @classmethod
     def _checked(cls, content: Any) -> RunRecord:
-        """The record in a file's JSON; raises a ValueError, TypeError, KeyError or AttributeError if it is none."""
+        """Parses a record. Raises a ValueError, TypeError, KeyError or AttributeError if the JSON is not a record."""
         if not 1 <= content.get("format", 1) <= FORMAT:
             raise ValueError("it is of a later version")
         validation, test, memory = content["validation"], content["test"], content["peak_memory_bytes"]
