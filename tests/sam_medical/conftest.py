@@ -1,3 +1,5 @@
+"""Fixtures of the sam_medical tests: tiny models, miniature datasets, and runners of the commands."""
+
 import csv
 import locale
 import re
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True, scope="session")
 def signals_that_are_not_ignored():
-    """Whoever runs the tests with nohup or in the background has some ignored, and so would all that they start."""
+    """Restores default signal handlers. nohup and background jobs ignore some signals, and children inherit that."""
     for number, default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, default)
@@ -32,7 +34,7 @@ def signals_that_are_not_ignored():
 
 @pytest.fixture(autouse=True)
 def the_same_locale_for_every_test():
-    """Some library that reads scans leaves the C locale behind, in which Python opens text files as ASCII."""
+    """Restores the locale. A scan-reading library sets the C locale, in which Python opens text as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
@@ -40,7 +42,7 @@ def the_same_locale_for_every_test():
 
 @pytest.fixture(scope="session")
 def tiny_sam_config():
-    """SAM's architecture with few and narrow layers; images of 64 pixels, patches of 16, the last layer global."""
+    """SAM's architecture with few narrow layers: 64-pixel images, 16-pixel patches, the last layer is global."""
     vision = SamVisionConfig(
         hidden_size=32,
         num_hidden_layers=3,
@@ -65,7 +67,7 @@ def tiny_sam_folder(tiny_sam_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_clip_folder(tmp_path_factory):
-    """A CLIP text encoder with random weights, and a tokenizer that knows single letters."""
+    """A CLIP text encoder with random weights, and a tokenizer of single letters."""
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
@@ -91,7 +93,7 @@ def tiny_clip_folder(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a command in this process, as if it were one of its own."""
+    """Runs a command in this process."""
 
     def run(command, **options):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -104,7 +106,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """While entered, something must end with status 2 and one line on stderr, in which a pattern is found."""
+    """Expects the block to exit with status 2 and one line on stderr that matches a pattern."""
 
     @contextmanager
     def refused(pattern):
@@ -119,7 +121,7 @@ def refused(capsys):
 
 @pytest.fixture
 def from_download_to_table(run, tiny_sam_folder, tiny_clip_folder, tmp_path):
-    """Trains with a dataset's own config, in miniature, and evaluates; gives the table's rows by label."""
+    """Trains with a dataset's config, in miniature, and evaluates. Returns the table's rows by label."""
     from sam_medical.cli import evaluate, train
 
     def go(config, data_root):
@@ -137,7 +139,7 @@ def from_download_to_table(run, tiny_sam_folder, tiny_clip_folder, tmp_path):
 
 @pytest.fixture
 def glas_folder(tmp_path):
-    """A miniature of the public layout: disks on a noisy ground, instance ids as mask values, images of two sizes."""
+    """A miniature of the public layout: disks on noise, instance ids as mask values, two image sizes."""
     folder = tmp_path / "data" / "Warwick_QU_Dataset"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A backbone, a method and a dataset that live outside the package, one of each: what a stranger would write."""
+"""A backbone, a method and a dataset outside of the package, as a user would write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRIDE, WIDTH = 4, 16
 
 
 class Squares(SegmentationDataset):
-    """Grey pictures with a bright square, made up."""
+    """Synthetic grey images with a bright square."""
 
     splits = ("train", "validation", "test")
     labels = ("square",)
@@ -34,7 +34,7 @@ class Squares(SegmentationDataset):
 
 
 class Patches(Backbone):
-    """Patches, two linear layers with positions between them, and a dot product of tokens with the embeddings."""
+    """Patches, two linear layers with positions between them, and a dot product of tokens with embeddings."""
 
     target_modules = r"image_encoder\.(first|last)"
     patterns = LayerPatterns("image_encoder.last", "image_encoder.first", "mask_decoder", "mask_decoder")

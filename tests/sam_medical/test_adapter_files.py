@@ -1,4 +1,4 @@
-"""An adapter's folder is read only if it is what was written: nothing in it can harm, hang or mislead."""
+"""Adapter folders: changed, damaged or malicious files are rejected."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def ssam(adapters, tmp_path):
 
 
 def rewrite(folder, name, content):
-    """Another file, and a task.json that says that it is the right one, as somebody would write who means harm."""
+    """Replaces a file, and updates the digests in task.json as an attacker would."""
     if isinstance(content, dict) and name.endswith(".safetensors"):
         save_file(content, folder / name)
     else:
@@ -236,13 +236,13 @@ NO_FOLDERS += [" x", "a:b", "a*b", "a|b", '"', "é" * 128, "\u202eabc"]
 
 @pytest.mark.parametrize("label", NO_FOLDERS)
 def test_a_label_is_a_folder_s_name_on_every_system(label, tmp_path):
-    with pytest.raises(UserError, match="its name is also a folder's, and this one "):
+    with pytest.raises(UserError, match="its name is also a folder name, and this one "):
         require_label_names([label], tmp_path)
 
 
 def test_two_labels_are_two_folders_on_every_system(tmp_path):
     for labels in (("Liver", "liver"), ("é", "e\u0301"), ("a", "a")):
-        with pytest.raises(UserError, match="which are one folder on some systems"):
+        with pytest.raises(UserError, match="which are the same folder on some systems"):
             require_label_names(labels, tmp_path)
     require_label_names(["liver", "σπλήν", "コン", "com", "con1", "a.b"], tmp_path)
 

@@ -1,4 +1,4 @@
-"""What each backbone promises to the methods. A new one joins by its line in `BACKBONES`."""
+"""The contract that every backbone in `BACKBONES` must pass."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Same weights, same masks: from the official checkpoint, from transformers, and resized to other images."""
+"""Equal masks from equal weights: official checkpoint, transformers, and resized positions."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from sam_medical.models.sam import resize_positions
 
 @torch.no_grad()
 def official_masks(sam, images, prompts):
-    """Mask logits (B, K, S, S) of the official path, one image and prompt token at a time; images in 0..1."""
+    """Returns mask logits (B, K, S, S) of the official code, one image and prompt token at a time; images in 0..1."""
     size = images.shape[-1]
     rows = []
     for image in images:

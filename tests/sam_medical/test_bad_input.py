@@ -1,4 +1,4 @@
-"""Bad input of every kind ends in one line with the name of the option, key or file, and status 2."""
+"""Bad input: each error is one line that names the option, key or file, with exit status 2."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def type_of(field):
 
 
 def bad_values(field):
-    """Values that cannot be, for a field's type; of free text only those that no text can be."""
+    """Returns invalid values for a field's type. For free text, they are invalid as any text."""
     kind = type_of(field)
     if kind in ("int", "float"):
         return [value for value in NUMBERS if not (kind == "float" and value in ("0.5",))]
@@ -81,7 +81,7 @@ def cases():
 
 
 def needed(options_type, field):
-    """Flags without which a command cannot be, but for the one that is tried."""
+    """Returns the required flags of a command, except for the tested one."""
     names = {EvaluateOptions: ["adapter"], PredictOptions: ["adapter", "images", "output"]}.get(options_type, [])
     return [part for name in names if name != field.name for part in (f"--{name}", "x")]
 

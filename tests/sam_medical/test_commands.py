@@ -1,4 +1,4 @@
-"""The three commands, end to end, on a miniature of GlaS with small random models."""
+"""train, evaluate and predict end to end, on a miniature of GlaS with small random models."""
 
 import errno
 import json
@@ -274,7 +274,7 @@ def test_a_run_writes_its_whole_truth(run, options, tmp_path):
 def test_a_tracker_is_told_of_every_step(run, options, tmp_path, refused):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with refused("report_to 'nobody' is no tracker that accelerate finds here"):
+    with refused("report_to 'nobody' is not a tracker that accelerate finds here"):
         run(train, **options, report_to="nobody")
     run(train, **options, report_to="tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "ssam")).Reload()

@@ -1,4 +1,4 @@
-"""compare.py: which runs there are, that none is done twice, and that the table says what they gave."""
+"""compare.py: the runs of a comparison, repeated commands, and the table."""
 
 import csv
 import functools
@@ -91,7 +91,7 @@ def test_one_command_trains_evaluates_and_reports(run, options, tmp_path, capsys
     for method, title in (("s-sam", "S-SAM"), ("u-net", "U-Net"), ("zero-shot-point", "zero-shot, point")):
         scores = [read_scores(path / "scores.csv") for path in runs if f"/{method}/" in str(path)]
         assert table[title]["Dice"] == f"{np.mean([s.dice for run in scores for s in run]):.3f}"
-        assert f"({len(scores)})" in table[title]["least - most of seeds"]
+        assert f"({len(scores)})" in table[title]["min - max of seeds"]
     trained = json.loads((runs[0] / "metrics.json").read_text())["trainable_parameters"]
     assert (table["S-SAM"]["trained values"], table["zero-shot, point"]["trained values"]) == (f"{trained:,}", "0")
     assert table["zero-shot, point"]["expert's hints"] == "point" and table["U-Net"]["p (Holm)"]
@@ -113,13 +113,13 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(run, options, tmp_pat
     with pytest.raises(SystemExit, match="1 of the runs have failed"):
         run(**{**options, "batch_size": 1, "seeds": 1}, methods="segnet,u-net", rate_factors="1", jobs=2)
     report = (tmp_path / "bench" / "report" / "README.md").read_text()
-    assert "- `segnet/fold-1/rate-0.002/seed-0`: error: SegNet normalises over the batch" in report
+    assert "- `segnet/fold-1/rate-0.002/seed-0`: error: SegNet uses batch norm" in report
     assert "| U-Net |" in report and "| SegNet |" not in report
 
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    """In place of training: Dice as a function of the run's flags."""
+    """Replaces training: Dice is a function of the run's flags."""
 
     def fake_training(dice_of, weights_of=lambda flags: "0123"):
         def call(command, **_):
@@ -185,7 +185,7 @@ def test_folds_make_one_test_set(fake_training, tmp_path):
 
 
 def test_each_fold_has_its_own_rate_by_its_own_validation(fake_training, tmp_path):
-    """A fold's validation images are another one's test images."""
+    """The validation images of a fold are the test images of another fold."""
     fake_training(
         lambda flags: (-abs(float(flags["--learning-rate"]) - 0.002 * int(flags["--dataset"][-1])), {"a": 1})
     )
@@ -286,7 +286,7 @@ def test_killed_it_leaves_no_run_and_a_repeated_one_waits_for_those_that_live(co
     while "waiting for it" not in line:
         assert line, "it has ended"
         line = again.stderr.readline()
-    assert f"s-sam/fold-1/rate-0.005/seed-0 is the work of process {run} on " in line
+    assert f"s-sam/fold-1/rate-0.005/seed-0 is in use by process {run} on " in line
     os.kill(run, signal.SIGCONT)
     while "Going on after step" not in (cell / "log.txt").read_text():
         assert again.poll() is None

@@ -1,4 +1,4 @@
-"""A comparison's report: four files hold all of its runs, and its table and figures come from them again."""
+"""The four files of a comparison's report, from which its table and figures are rewritten."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Readers give images and masks as they are on disk, splits that do not leak, and errors that name the file."""
+"""Readers of the public datasets: images, masks, disjoint splits, and errors that name the file."""
 
 from pathlib import Path
 

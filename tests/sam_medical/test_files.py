@@ -1,4 +1,4 @@
-"""Files and folders are there as a whole, wherever a process is ended, and nothing is written through links."""
+"""Atomic writes: files and folders are complete after a kill, and links are not followed."""
 
 import errno
 import os

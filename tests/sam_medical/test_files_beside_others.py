@@ -1,4 +1,4 @@
-"""What lies beside images and masks: other masks, DICOM without pictures, what systems leave behind."""
+"""Other files beside images and masks: further masks, DICOM without pixels, system files."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ class TestModality:
             dataset = open_own(tmp_path / name)
             reading = settle_reading(dataset)
             doubt = doubt_about(dataset.scan(0), reading)
-            assert reading.intensity == chosen and ("an MRI's phases" in doubt) == (name == "phase")
+            assert reading.intensity == chosen and ("MRI phase images" in doubt) == (name == "phase")
 
     @pytest.mark.parametrize(("modality", "is_said"), [("", True), ("PT", False), ("MR", False)])
     def test_only_what_may_be_ct_is_said_to_be(self, tmp_path, modality, is_said):

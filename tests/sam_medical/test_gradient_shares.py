@@ -1,4 +1,4 @@
-"""medical_gradient_shares.py: what it says of gradients whose parts are known."""
+"""medical_gradient_shares.py on gradients with known parts."""
 
 import pytest
 import torch

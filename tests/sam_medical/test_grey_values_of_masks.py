@@ -1,4 +1,4 @@
-"""Masks whose format stores greys by another number than they are shown by: palettes, few bits, white is zero."""
+"""Masks whose stored values differ from the displayed ones: palettes, few bits, white as zero."""
 
 import numpy as np
 import pytest

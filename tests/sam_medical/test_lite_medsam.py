@@ -1,4 +1,4 @@
-"""Our LiteMedSAM encoder is the published one."""
+"""The LiteMedSAM encoder equals the published one."""
 
 import sys
 from types import ModuleType

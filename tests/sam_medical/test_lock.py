@@ -1,4 +1,4 @@
-"""One command a folder, also after a kill, and nothing is left of its lock."""
+"""The lock of an output folder, also after a kill."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The README's commands have data in a fresh clone."""
+"""The synthetic datasets of the README's commands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What each method trains, and that it trains what its paper says."""
+"""The trained parameters of each method, and their agreement with the papers."""
 
 import re
 from dataclasses import replace

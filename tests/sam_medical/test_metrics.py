@@ -1,4 +1,4 @@
-"""Dice as the paper counts it, beside two that blank images cannot lift."""
+"""Dice as in the paper, and two kinds of Dice that empty masks do not increase."""
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_loss_is_focal_of_every_mask_and_dice_of_those_that_are_not_blank():
 
 
 def outline(mask):
-    """The pixels of a mask that touch what is not mask."""
+    """Returns the border pixels of a mask."""
     inside = np.zeros_like(mask)
     inside[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
     return np.argwhere(mask & ~inside)

@@ -1,4 +1,4 @@
-"""What the prompted model promises."""
+"""Properties of the prompted model."""
 
 import numpy as np
 import pytest

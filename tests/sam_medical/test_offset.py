@@ -1,4 +1,4 @@
-"""What CT's values were stored with is decided by the whole set and kept; what comes out black or white is said."""
+"""The offset of CT values: inferred from all training images, and stored. Doubtful values are reported."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_it_is_said_kept_and_used_by_predict(run, options, ct, tmp_path, capsys,
     root = ct(HALF)
     run(train, **options)
     said = notes(capsys)
-    assert "note: 32768 was added to its values; kept in the adapter." in said and not any(
+    assert "note: 32768 was added to its values; stored in the adapter." in said and not any(
         "outside" in n for n in said
     )
     assert read_task(tmp_path / "run/adapter").offset == "32768"
@@ -136,7 +136,7 @@ def test_ct_that_was_normalised_is_said(tmp_path, top):
     values = np.linspace(0, top, 12 * 12 * 2, dtype=np.float32).reshape(12, 12, 2)
     save_nifti(tmp_path / "a.nii.gz", values)
     scan = decode(tmp_path / "a.nii.gz")
-    assert "which are no Hounsfield units; give --intensity percentile" in doubt_about(scan, Reading("auto:ct"))
+    assert "which are not Hounsfield units; give --intensity percentile" in doubt_about(scan, Reading("auto:ct"))
     assert doubt_about(scan, Reading("auto:percentile")) == ""
 
 

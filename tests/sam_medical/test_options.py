@@ -1,4 +1,4 @@
-"""Options come from YAML and the command line alike, and every mistake is told in one line."""
+"""Options from YAML and the command line, and one-line errors."""
 
 import subprocess
 import sys

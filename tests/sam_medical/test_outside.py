@@ -1,4 +1,4 @@
-"""A backbone, a method and a dataset from outside the package go through the commands, by their places alone."""
+"""A backbone, a method and a dataset from outside of the package, used through the commands."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An annotation belongs to the picture that it names, wherever both lie, and to no other of the same name."""
+"""COCO and labelme annotations find the image that they name, also after files were moved."""
 
 import json
 

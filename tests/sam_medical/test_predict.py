@@ -1,4 +1,4 @@
-"""What predict writes lies exactly where its image lies, and what it cannot read it names."""
+"""predict.py: masks on the grid of their image, and a report of unreadable files."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ class BrightPixels(nn.Module):
 
 @pytest.fixture
 def segment(run, tmp_path, monkeypatch):
-    """Runs predict.py with `BrightPixels` in place of an adapter's model; gives the folder of the bright label."""
+    """Runs predict.py with `BrightPixels` as the model. Returns the folder of the bright label."""
 
     def go(images, image_size=32, intensity="auto", plane="axial", fit="stretch", tile=None, **options):
         task = Task("own", ("bright", "dark"), "lite-medsam", image_size, "minilm", intensity=intensity, plane=plane)
@@ -137,7 +137,7 @@ def test_what_is_not_read_is_named_at_the_end(segment, tmp_path, capsys):
         segment(tmp_path / "new", report=tmp_path / "report.json")
     assert stop.value.code == 3
     said = capsys.readouterr().err
-    for name in ("bad.png cannot be read", "slide.svs.part is no image", "time.nii.gz is 4 x 4 x 4 x 5"):
+    for name in ("bad.png cannot be read", "slide.svs.part is not an image", "time.nii.gz is 4 x 4 x 4 x 5"):
         assert name in said
     report = json.loads((tmp_path / "report.json").read_text())
     assert [entry["name"] for entry in report["files"]] == ["good"] and len(report["not_read"]) == 3

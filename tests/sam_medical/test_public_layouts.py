@@ -1,5 +1,7 @@
-"""The public datasets as they are downloaded, in miniature and with their quirks: RGBA files, masks of 0 and 1,
-columns that lie, smooth edges, borders, overlapping findings; and folders of one's own."""
+"""Miniatures of the public datasets with their peculiarities, and the layouts of the user's own data.
+
+The peculiarities are RGBA files, masks of 0 and 1, misleading columns, smooth edges, borders and overlapping findings.
+"""
 
 import itertools
 import json
@@ -402,7 +404,7 @@ class TestOwnData:
         with pytest.raises(UserError, match=r"Scan0\.png has no mask scan0 .* and there is 0scan\.png"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": 7, "../cyst": 1}')
-        with pytest.raises(UserError, match=r"has the label '\.\./cyst'; its name is also a folder's"):
+        with pytest.raises(UserError, match=r"has the label '\.\./cyst'; its name is also a folder name"):
             open_dataset("own", str(folder), "train")
         (folder / "labels.json").write_text('{"vessel": "7"}')
         with pytest.raises(

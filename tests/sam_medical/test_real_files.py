@@ -1,4 +1,4 @@
-"""Files as hospitals and labs have them are read as their viewers show them, or refused in one line."""
+"""Files from hospitals and labs: read as their viewers show them, or rejected in one line."""
 
 import json
 import unicodedata
@@ -369,9 +369,9 @@ class TestMasks:
         masks = self.one(tmp_path / "a", shape * np.uint8(255), "a.jpg", labels={"thing": 255}, quality=75)
         assert abs(int(masks.sum()) - int(shape.sum())) <= 2
         two = shape * np.uint8(255) + disk(row=38, column=50, radius=6) * np.uint8(128)
-        with pytest.raises(UserError, match=r"between the labels .*saved in a format that changes values"):
+        with pytest.raises(UserError, match=r"between the labels .*saved in a lossy format"):
             self.one(tmp_path / "b", two, "a.jpg", labels={"one": 255, "two": 128}, quality=75)
-        with pytest.raises(UserError, match=r"0 to \d+ in a format that changes values"):
+        with pytest.raises(UserError, match=r"0 to \d+ in a lossy format"):
             self.one(tmp_path / "c", shape * np.uint8(9), "a.jpg", quality=50)
 
     def test_soft_edges_are_cut_at_half(self, tmp_path):
@@ -405,7 +405,7 @@ class TestMasks:
     @pytest.mark.parametrize("name, top", [("a.png", 256), ("a.png", 214), ("a.jpg", 256)])
     def test_a_picture_in_place_of_a_mask_is_an_error(self, tmp_path, name, top):
         grey = np.random.default_rng(0).integers(0, top, (48, 64)).astype(np.uint8)
-        with pytest.raises(UserError, match=r"most of them between black and white: a picture, and no mask"):
+        with pytest.raises(UserError, match=r"most of them between black and white: an image, and no mask"):
             self.one(tmp_path, grey, name)
 
     def test_whole_numbers_that_a_slope_has_made_are_labels(self, tmp_path):
@@ -492,7 +492,7 @@ class TestMasks:
             save(tmp_path / f"images/{index}.png", np.zeros((48, 64), np.uint8))
             save(tmp_path / f"masks/{index}.png", disk().astype(np.uint8))
         say(tmp_path, {"cyst": "#fa3253"})
-        with pytest.raises(UserError, match=r"\.png holds nothing brighter than #010101, which is no soft edge"):
+        with pytest.raises(UserError, match=r"\.png holds nothing brighter than #010101, which is not a soft edge"):
             samples_of(open_own(tmp_path))
 
     def test_an_unknown_colour_beside_one_label_is_an_error(self, tmp_path):
@@ -513,7 +513,7 @@ class TestMasks:
         with pytest.raises(UserError, match=r"0\.nii\.gz holds 1\.5, between the labels \[0, 1, 2\]: it was interpol"):
             open_own(tmp_path)[0]
         ring = np.asarray(Image.fromarray(disk() * np.uint8(2)).resize((128, 96), Image.BILINEAR))
-        with pytest.warns(UserWarning, match="1 is nowhere but at the edges of higher values"):
+        with pytest.warns(UserWarning, match="1 occurs only at the edges of higher values"):
             self.one(tmp_path / "b", ring, image_size=(96, 128), labels={"a": 1, "b": 2})
 
     def test_labels_json_may_have_a_mark_a_background_and_names_of_a_mac(self, tmp_path):
@@ -707,7 +707,7 @@ class TestLayouts:
         self.coco(tmp_path / "b", {"segmentation": {"counts": counts, "size": [48, 64]}, "iscrowd": 1})
         np.testing.assert_array_equal(open_own(tmp_path / "b")[0].masks[0], shape)
         self.coco(tmp_path / "c", {"segmentation": [], "bbox": [14, 10, 21, 21]})
-        with pytest.raises(UserError, match="gives annotation 0 a box and no outline"):
+        with pytest.raises(UserError, match="gives annotation 0 a box but no outline"):
             open_own(tmp_path / "c")
 
     @pytest.mark.parametrize("image_id", [999, "44"])
@@ -725,7 +725,7 @@ class TestLayouts:
         with pytest.raises(UserError, match=r"run lengths of 20 x 30 in annotation 0, and 000\.jpg is 48 x 64"):
             open_own(tmp_path / "a")[0]
         self.coco(tmp_path / "b", {"segmentation": [[14, 10, 35, 10, 35, 31]], "category_id": 3})
-        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, and lists 7, 9; add those"):
+        with pytest.raises(UserError, match=r"gives its 9 annotations the categories 3, but lists 7, 9; add them"):
             open_own(tmp_path / "b")
 
     @pytest.mark.parametrize("image_of", ["images/{}/a{}.jpg", "images/{}2017/a{}.jpg", "{}/a{}.jpg"])
@@ -959,7 +959,7 @@ class TestDicom:
             source.decode()
         self.write(tmp_path / "b", np.zeros((3, 8, 8)), **{"0020|0032": "0\\0\\0"})
         (_, source), _ = find_sources(tmp_path)
-        with pytest.raises(UserError, match="has two slices in one place"):
+        with pytest.raises(UserError, match="has two slices at one position"):
             source.decode()
 
     def test_a_tilted_gantry_is_refused(self, tmp_path):
@@ -967,7 +967,7 @@ class TestDicom:
             place = {"0020|0032": f"-10\\{1.5 * number}\\{5.0 * number}"}
             self.write(tmp_path / "p", np.zeros((1, 8, 8)), names=[f"{number}.dcm"], **place)
         (source,), _ = find_sources(tmp_path)
-        with pytest.raises(UserError, match=r"p has slices that do not lie .*tilted by 17 degrees.*dcm2niix"):
+        with pytest.raises(UserError, match=r"p has slices that are not aligned .*tilted by 17 degrees.*dcm2niix"):
             source.decode()
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
@@ -1016,7 +1016,7 @@ class TestDicom:
             header = pydicom.dcmread(path)
             del header.ImagePositionPatient
             header.save_as(path)
-        with pytest.raises(UserError, match=r"the 6 DICOM files of .*p0 say no place \(ImagePositionPatient\)"):
+        with pytest.raises(UserError, match=r"the 6 DICOM files of .*p0 have no position \(ImagePositionPatient\)"):
             open_own(tmp_path / "nowhere")
 
     def test_monochrome1_is_seen_as_viewers_show_it(self, tmp_path):
@@ -1039,7 +1039,7 @@ class TestDicom:
             "rtplan.dcm": "holds no picture, it is DICOM of the modality RTPLAN",
             "test-SR.dcm": "of the modality SR",
             "liver_1frame.dcm": "is a DICOM SEG; save it as NIfTI",
-            "SC_rgb_rle_16bit.dcm": "stored in a rare way, which ITK misreads",
+            "SC_rgb_rle_16bit.dcm": "has a rare encoding that ITK misreads",
             "MR_truncated.dcm": r"cannot be read as DICOM \(ITK ERROR",
         }.items():
             with pytest.raises(UserError, match=reason):

@@ -1,4 +1,4 @@
-"""Left and right in the languages of labels."""
+"""Labels with a left or right side, in many languages."""
 
 import pytest
 

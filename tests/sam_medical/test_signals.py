@@ -1,4 +1,4 @@
-"""However a run is told to stop, it saves its state, ends its workers, and says by its status what stopped it."""
+"""Signals: a run saves its state, ends its workers, and exits with the signal's status."""
 
 import os
 import re

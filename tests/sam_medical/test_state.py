@@ -1,4 +1,4 @@
-"""A run's state is read only if it is what was saved: damage is noticed, and nothing in it is executed."""
+"""Saved states of a run: damage is detected, and nothing in them is executed."""
 
 import copy
 import hashlib
@@ -157,7 +157,7 @@ def test_every_flipped_bit_is_noticed(output, capsys):
 
 
 def sign(folder, files):
-    """Puts files into a state, and digests that fit them, as someone would who means harm."""
+    """Replaces files of a state, and updates their digests as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["digest"]
     for name, content in files.items():
@@ -171,7 +171,7 @@ BAD_VALUES = (None, True, -1, 10**18, 10**400, 1e308, "x", [], {}, [[[]]], [None
 
 
 def places(content, path=()):
-    """Every place in nested lists and dicts, but of long lists the first two."""
+    """Yields every position in nested lists and dicts, but only the first two of long lists."""
     if path:
         yield path
     items = content.items() if isinstance(content, dict) else enumerate(content[:2])

@@ -1,4 +1,4 @@
-"""Label names become what the frozen text encoders make of them."""
+"""Text embeddings of label names."""
 
 import json
 

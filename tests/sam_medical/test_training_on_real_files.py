@@ -1,4 +1,4 @@
-"""Training says what it was given, learns from small and thin things, and refuses what it could not learn."""
+"""Training on real file formats: notes about the input, small structures, and unusable data."""
 
 import json
 import os
@@ -221,7 +221,7 @@ class TestIntensity:
 
     def test_it_is_said_kept_in_the_adapter_and_used_again(self, run, options, ct, tmp_path, capsys, monkeypatch):
         run(train, **options)
-        assert notes(capsys) == ["note: intensity auto is auto:ct here, and kept in the adapter."]
+        assert notes(capsys) == ["note: intensity auto is auto:ct here, and stored in the adapter."]
         task = read_task(tmp_path / "run/adapter")
         assert (task.intensity, task.plane) == ("auto:ct", "axial")
         seen = []
@@ -275,7 +275,7 @@ class TestInspectData:
         say(tmp_path, {"thing": 1})
         run(inspect_data, data_root=tmp_path)
         said = capsys.readouterr().out
-        assert "7 files: float32, LAS, 2.0 x 1.0 x 3.0 mm" in said and "percentiles of what is not background" in said
+        assert "7 files: float32, LAS, 2.0 x 1.0 x 3.0 mm" in said and "percentiles of the foreground" in said
         assert "2 images are in two splits, first p0_000 of train, which is p7_000 of test" in said
 
     def test_masks_that_are_all_of_each_image_are_said(self, run, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""One run by two processes of `accelerate launch`, which average their gradients over gloo on the CPU."""
+"""One run with two processes of `accelerate launch`, over gloo on the CPU."""
 
 import json
 import os

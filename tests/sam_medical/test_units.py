@@ -1,4 +1,4 @@
-"""Volumes whose headers are in microns or metres lie, and are measured, in millimetres."""
+"""Volumes with headers in microns or metres: geometry and measurements in millimetres."""
 
 import nibabel as nib
 import numpy as np

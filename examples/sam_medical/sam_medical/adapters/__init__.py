@@ -1,1 +1,1 @@
-"""An adapter's folder: what was learned, and the task that it was learned for."""
+"""Adapters: the folder of a trained model's parameters, its task and its model card."""

@@ -1,1 +1,1 @@
-"""What every part uses: errors for the user, files written whole, locks, signals, paths and plain values."""
+"""Code that all parts share: user errors, atomic files, locks, signals, paths and value checks."""

@@ -50,7 +50,7 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not _is_of_memory(error):
                 raise
-            _end(f"the memory is not enough ({first_line(error)}); give a smaller batch_size or image_size.")
+            _end(f"out of memory ({first_line(error)}); give a smaller batch_size or image_size.")
         except Stopped as stop:
             print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)

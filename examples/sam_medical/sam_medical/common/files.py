@@ -155,7 +155,7 @@ def folder_in(parent: Path, *names: str) -> Path:
         parent = parent / name
         refuse_link(parent)
         if parent.exists() and not parent.is_dir():
-            raise UserError(f"{parent} is to be a folder, and a file is in its place; remove it.")
+            raise UserError(f"{parent} must be a folder, but it is a file; remove it.")
         parent.mkdir(exist_ok=True)
     return parent
 

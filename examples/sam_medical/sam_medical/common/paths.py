@@ -34,7 +34,7 @@ def why_no_file(path: Path) -> str | None:
 def why_no_folder(path: Path) -> str | None:
     """Returns why a folder cannot be created or written; None if it can."""
     if path.exists() and not path.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     return _why_not_below(path)
 
 
@@ -43,7 +43,7 @@ def _why_not_below(folder: Path) -> str | None:
     try:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if not nearest.is_dir():
-            return f"{nearest} is no folder"
+            return f"{nearest} is not a folder"
         if not os.access(nearest, os.W_OK | os.X_OK):
             return f"{nearest} cannot be written"
     except OSError as error:

@@ -21,10 +21,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); train again, or fetch the file again.") from error
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); train again, or download the file again."
+        ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; train again, or fetch the file again.")
+            raise UserError(f"{path}: {name} holds NaN or infinity; train again, or download the file again.")
     return tensors
 
 
@@ -34,7 +36,7 @@ def check_like(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str,
     if differing:
         raise UserError(
             f"{path} does not fit its own configuration: {len(differing)} tensors are missing or unknown, first of "
-            f"them {differing[0]}; train again, or fetch the whole folder again."
+            f"them {differing[0]}; train again, or download the whole folder again."
         )
     for name, tensor in tensors.items():
         like = expected[name]
@@ -42,5 +44,5 @@ def check_like(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str,
         if not is_alike or tensor.shape != like.shape:
             raise UserError(
                 f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and must be {like.dtype} of shape "
-                f"{tuple(like.shape)}; train again, or fetch the whole folder again."
+                f"{tuple(like.shape)}; train again, or download the whole folder again."
             )

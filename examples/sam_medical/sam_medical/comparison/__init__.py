@@ -1,1 +1,1 @@
-"""Many runs of several methods under one set of conditions, and one report about them."""
+"""Comparisons: runs of several methods under equal conditions, and their report."""

@@ -37,14 +37,14 @@ COLUMNS = (
     "expert's hints",
     "trained values",
     "Dice",
-    "least - most of seeds",
+    "min - max of seeds",
     "95 % interval",
     *COLUMNS_BESIDE_DICE,
     f"Dice less {FIRST}'s",
     "p (Holm)",
     PRESENT_DIFFERENCE,
     "learning rate",
-    "seconds a run",
+    "seconds per run",
     "peak memory, GB",
 )
 
@@ -169,27 +169,27 @@ def _text(results: Results, rows: Sequence[Row], table: str) -> str:
     splits = ", ".join(f"{split} {value['images']} ({value['hash']})" for split, value in images.items())
     parts = [
         f"# Methods compared on {options.dataset}",
-        f"`compare.py` has written this file. Every method: {options.steps} steps of "
+        f"`compare.py` wrote this file. All methods: {options.steps} steps of "
         f"{options.batch_size * options.gradient_accumulation_steps} images at {options.image_size} pixels, "
         f"{options.augmentation} augmentation, backbone `{options.backbone}`, text encoder "
-        f"`{options.text_encoder}`; the learning rate chosen on validation out of {options.rate_factors} times the "
-        f"usual one, with seed 0{', for each fold by itself' if options.folds else ''}. Adapters are the best by the "
-        f"`{options.choose_by}` of the validation images.",
+        f"`{options.text_encoder}`. The learning rate is the best on validation with seed 0"
+        f"{', per fold' if options.folds else ''}, among {options.rate_factors} times the method's default. The "
+        f"adapters are those with the best `{options.choose_by}` on the validation images.",
         _command(options),
         table,
-        "Dice is the paper's, blank on blank counting 1, averaged over labels, images and seeds"
-        f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are over "
-        f"{cases} cases (patients, volumes or videos where the dataset "
-        "tells them apart, otherwise images), their seeds averaged: bootstrap, and a paired permutation test with "
-        f"Holm's correction, which can give no less than {min(1, least_p):.2g}. HD95 in pixels of the images' own "
-        f"size; surface Dice within 1 % of the diagonal.{_hints(rows)}",
+        "Dice is the paper's: it is 1 if both masks are empty, and it is averaged over labels, images and seeds"
+        f"{_dice_of_blanks(rows[0].labels)}. Intervals and p values are computed over "
+        f"{cases} cases (patients, volumes or videos if the dataset has such groups, otherwise images), averaged over "
+        "seeds. Intervals are bootstrap intervals. The test is a paired permutation test with Holm's correction, "
+        f"whose smallest possible p value is {min(1, least_p):.2g}. HD95 is in pixels of the original images. Surface "
+        f"Dice has a tolerance of 1 % of the diagonal.{_hints(rows)}",
         *_departures(rows),
         "![trained values against Dice](trained_values.png)",
         "![validation Dice](curves.png)",
     ]
     if len(rows[0].by_label) > 1:
-        parts += ["Dice of each label:", _label_table(rows)]
-    parts += [f"Images: {splits}, of the first run. {environment}."]
+        parts += ["Dice per label:", _label_table(rows)]
+    parts += [f"Images of the first run: {splits}. {environment}."]
     return "\n\n".join(parts) + "\n" + _failures(results)
 
 
@@ -201,20 +201,20 @@ def _command(options: CompareOptions) -> str:
 def _dice_of_blanks(scores: LabelScores) -> str:
     """Describes the paper's Dice of empty predictions, if some images lack labels."""
     absent = 1 - scores.images_present / scores.images
-    return f"; drawing nothing at all would give {absent:.3f}" if absent else ""
+    return f"; empty predictions would score {absent:.3f}" if absent else ""
 
 
 def _hints(rows: Sequence[Row]) -> str:
     if not any(METHODS[row.method].needs_expert for row in rows):
         return ""
-    return " Methods with hints are told, in every image, which labels are there, and where."
+    return " Methods with an expert's hints know which labels each image contains, and where they are."
 
 
 def _departures(rows: Sequence[Row]) -> list[str]:
     """Lists the differences from the methods' papers; empty if there are none."""
     methods = [METHODS[row.method] for row in rows]
     lines = [f"- {method.title}: {method.departs}." for method in methods if method.departs]
-    return ["Otherwise than in their papers:\n\n" + "\n".join(lines)] if lines else []
+    return ["Differences from the papers:\n\n" + "\n".join(lines)] if lines else []
 
 
 def _label_table(rows: Sequence[Row]) -> str:
@@ -227,7 +227,7 @@ def _failures(results: Results) -> str:
     if not results.failures:
         return ""
     lines = [f"- `{name}`: {reason}" for name, reason in results.failures.items()]
-    return "\nRuns that have failed:\n\n" + "\n".join(lines) + "\n"
+    return "\nFailed runs:\n\n" + "\n".join(lines) + "\n"
 
 
 def _draw_trained_values(rows: Sequence[Row], path: Path) -> None:

@@ -61,7 +61,7 @@ class Runner:
             for cell, error in zip(missing, pool.map(self._run, missing), strict=True):
                 if error is not None:
                     self.failures[cell] = error
-                    bar.write(f"{cell.name} has failed: {error}")
+                    bar.write(f"{cell.name} failed: {error}")
                 bar.update()
 
     @contextmanager
@@ -110,7 +110,7 @@ class Runner:
         folder = self.finished.folder_of(cell)
         holder = command_in(folder)
         if holder:
-            tqdm.write(f"{cell.name} is the work of {holder}; waiting for it.", file=sys.stderr)
+            tqdm.write(f"{cell.name} is in use by {holder}; waiting for it.", file=sys.stderr)
         while holder and not self._stopping.wait(SECONDS_BETWEEN_LOOKS):
             holder = command_in(folder)
 

@@ -107,8 +107,8 @@ class CocoAnnotations:
                 mask = coco.decode(coco.merge(runs) if isinstance(runs, list) else runs)
             except Exception as error:
                 raise UserError(
-                    f"{self.path} has an outline of {image.path.name} that is none, annotation "
-                    f"{annotation.get('id')}; mend or remove it."
+                    f"{self.path} has an invalid outline of {image.path.name}, annotation "
+                    f"{annotation.get('id')}; fix or remove it."
                 ) from error
             result[self.places[annotation["category_id"]]] |= mask > 0
         return result
@@ -116,11 +116,11 @@ class CocoAnnotations:
 
 def _require_size_of_runs(path: Path, annotation: Mapping[str, Any], image: Source, size: tuple[int, int]) -> None:
     outline = annotation["segmentation"]
-    said = outline.get("size") if isinstance(outline, dict) else None
-    if isinstance(said, list) and tuple(said) != size:
+    stated_size = outline.get("size") if isinstance(outline, dict) else None
+    if isinstance(stated_size, list) and tuple(stated_size) != size:
         raise UserError(
-            f"{path} has run lengths of {' x '.join(map(str, said))} in annotation {annotation.get('id')}, and "
-            f"{image.path.name} is {size[0]} x {size[1]} (height x width); export it anew from the picture's own size."
+            f"{path} has run lengths of {' x '.join(map(str, stated_size))} in annotation {annotation.get('id')}, and "
+            f"{image.path.name} is {size[0]} x {size[1]} (height x width); export it again at the image's own size."
         )
 
 
@@ -189,10 +189,10 @@ DRAWN: dict[str, tuple[int, Callable[[ImageDraw.ImageDraw, Any], None]]] = {
 }
 
 
-def _require_size(path: Path, image: Source, said: tuple[int, int], size: tuple[int, int]) -> None:
+def _require_size(path: Path, image: Source, stated_size: tuple[int, int], size: tuple[int, int]) -> None:
     """Compares sizes (height, width). A stated size of zero means that the file states none."""
-    if all(said) and said != size:
+    if all(stated_size) and stated_size != size:
         raise UserError(
-            f"{path} says that {image.path.name} is {said[1]}x{said[0]} pixels, but it is {size[1]}x{size[0]} as "
-            "viewers show it; annotate the picture anew, or put in the one that belongs there."
+            f"{path} states that {image.path.name} is {stated_size[1]}x{stated_size[0]} pixels, but it is "
+            f"{size[1]}x{size[0]} as viewers show it; annotate the image again, or use the image that was annotated."
         )

@@ -157,7 +157,7 @@ def check_same_size(image: np.ndarray, mask: np.ndarray, mask_path: Path) -> Non
     if image.shape[:2] != mask.shape:
         raise UserError(
             f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}; "
-            "put in the pair that belongs together."
+            "use the image and the mask that belong together."
         )
 
 
@@ -174,7 +174,9 @@ def require_label_names(labels: Sequence[str], path: Path) -> None:
     seen: dict[str, str] = {}
     for label in labels:
         if reason := why_not_a_folder(label):
-            raise UserError(f"{path} has the label {label!r}; its name is also a folder's, and this one {reason}.")
+            raise UserError(f"{path} has the label {label!r}; its name is also a folder name, and this one {reason}.")
         other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
         if other != label or labels.count(label) > 1:
-            raise UserError(f"{path} has the labels {other!r} and {label!r}, which are one folder on some systems.")
+            raise UserError(
+                f"{path} has the labels {other!r} and {label!r}, which are the same folder on some systems."
+            )

@@ -181,7 +181,7 @@ def _guarded(path: Path, kind: str, read: Callable[[], Scan]) -> Scan:
     if 0 in scan.values.shape:
         raise UserError(f"{path} is empty, {' x '.join(map(str, scan.values.shape))}; replace or remove the file.")
     if scan.affine is not None and not is_usable(scan.affine):
-        raise UserError(f"{path} has a header by which its axes go nowhere in space; write its orientation anew.")
+        raise UserError(f"{path} has a header without a valid orientation; write the orientation again.")
     if scan.values.dtype == np.float64:
         scan = replace(scan, values=scan.values.astype(np.float32))
     return scan
@@ -270,7 +270,7 @@ def _read_dicom(path: Path) -> Scan:
         raise UserError(f"{path} holds no picture, it is DICOM of the modality {modality or 'none'}; remove it.")
     _check_pixels(path, int(header.Rows), int(header.Columns))
     if _is_misread(header):
-        raise UserError(f"{path} is stored in a rare way, which ITK misreads; save it uncompressed, with dcmconv +te.")
+        raise UserError(f"{path} has a rare encoding that ITK misreads; save it uncompressed, with dcmconv +te.")
     image = _itk_reader(path).Execute()
     # ITK has inverted MONOCHROME1 already, where the highest value is black.
     scan = replace(_scan_of_itk(path, image), modality=modality, files=(path,))
@@ -295,14 +295,14 @@ def _in_order(scan: Scan, header: Any) -> Scan:
     shared = header.get("SharedFunctionalGroupsSequence", [None])[0]
     frames = header.PerFrameFunctionalGroupsSequence
 
-    def of_each(sequence: str, keyword: str) -> list[Any]:
+    def per_frame(sequence: str, keyword: str) -> list[Any]:
         groups = [frame if sequence in frame else shared for frame in frames]
         return [list(group[sequence].value[0][keyword].value) for group in groups]
 
-    orientations = np.array(of_each("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
+    orientations = np.array(per_frame("PlaneOrientationSequence", "ImageOrientationPatient"), dtype=float)
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         raise UserError(f"{scan.path} holds frames in several directions; save each stack as a file of its own.")
-    places = np.array(of_each("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
+    places = np.array(per_frame("PlanePositionSequence", "ImagePositionPatient"), dtype=float)
     normal = normal_of(orientations[0])
     order = order_of(places, normal)
     problem = problem_of(places[order], normal, [f"frame {number + 1}" for number in order])
@@ -310,11 +310,9 @@ def _in_order(scan: Scan, header: Any) -> Scan:
         raise UserError(f"{scan.path} has {problem}")
     rescaled = {str(frame.get("PixelValueTransformationSequence", "")) for frame in frames}
     if len(rescaled) > 1:
-        raise UserError(
-            f"{scan.path} rescales each frame in another way; save it as NIfTI, with dcm2niix for example."
-        )
+        raise UserError(f"{scan.path} rescales its frames differently; save it as NIfTI, with dcm2niix for example.")
     rows, columns = orientations[0][3:], orientations[0][:3]
-    down, right = (float(side) for side in of_each("PixelMeasuresSequence", "PixelSpacing")[0])
+    down, right = (float(side) for side in per_frame("PixelMeasuresSequence", "PixelSpacing")[0])
     step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
     spacing = (right, down, float(np.linalg.norm(step)))
     direction = np.stack([columns, rows, step / spacing[2]], axis=1)
@@ -341,8 +339,8 @@ def _has_places(header: Any) -> bool:
         *header.get("SharedFunctionalGroupsSequence", []),
         *header.get("PerFrameFunctionalGroupsSequence", [])[:1],
     ]
-    said = {element.keyword for group in groups for element in group}
-    return said >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
+    stated = {element.keyword for group in groups for element in group}
+    return stated >= {"PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"}
 
 
 def _read_tiff(path: Path) -> Scan:
@@ -361,7 +359,7 @@ def _read_tiff(path: Path) -> Scan:
         raise UserError(f"{path} is in CMYK of more than eight bits; save it in RGB.")
     values, is_stack = _pages_of(path, values, axes)
     if orientation != 1:
-        raise UserError(f"{path} is stored turned (TIFF orientation {orientation}); save it upright.")
+        raise UserError(f"{path} is stored rotated (TIFF orientation {orientation}); save it upright.")
     if values.dtype == bool:
         values = values.view(np.uint8)
     if photometric == WHITE_IS_ZERO and values.dtype.kind == "u":

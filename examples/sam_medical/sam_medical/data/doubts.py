@@ -29,26 +29,26 @@ def doubt_about(scan: Scan, reading: Reading) -> str:
     """
     low, high = scan.finite_range
     if low == high:
-        return "hold one value everywhere; look whether they are what they should be"
+        return "hold one value everywhere; check the files"
     bounds = bounds_of(reading.intensity, scan, reading.modality)
     if bounds is None:
         return DARK if scan.is_eight_bit and high < NEARLY_BLACK else ""
     if reading.intensity == AUTO_CT and _is_normalised(scan):
         return (
-            f"lie between {low:g} and {high:g}, which are no Hounsfield units; give --intensity percentile:0.5,99.5, "
-            "or the files from before they were normalised"
+            f"lie between {low:g} and {high:g}, which are not Hounsfield units; give --intensity percentile:0.5,99.5, "
+            "or use the files from before the normalisation"
         )
     outside = min(float(np.mean((scan.sample <= first) | (scan.sample >= last))) for first, last in bounds)
     if outside > MOST_OUTSIDE and reading.intensity.startswith((AUTO_CT, "window")):
         first, last = bounds[0]
         return (
-            f"lie by more than 99 % outside of their window, {first:g} to {last:g}; look at them in a viewer, and "
+            f"have more than 99 % outside of their window, {first:g} to {last:g}; look at them in a viewer, and "
             "give --offset or another --intensity"
         )
     modality = (reading.modality or scan.modality).upper()
     if reading.intensity == AUTO_PERCENTILE and not modality and low < AIR[0] and _may_be_phases(scan):
         return (
-            f"go down to {low:g} as CT's may, but spread there as an MRI's phases do, and are taken for that; if they "
+            f"go down to {low:g}, and are read as MRI phase images, since many of them are below air; if they "
             "are CT, give --intensity window:40,400"
         )
     may_be_ct = modality in ("", "CT", "CBCT")

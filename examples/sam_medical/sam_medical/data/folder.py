@@ -25,11 +25,11 @@ def sources_to_segment(path: Path, skip: Sequence[Path] = ()) -> tuple[list[Sour
         The images, and the files that are not images.
 
     Raises:
-        UserError: if there is no image.
+        UserError: if there is not an image.
     """
     if path.is_file():
         if not suffix_of(path.name) and not is_dicom(path):
-            raise UserError(f"{path} is no image; it may be {', '.join(EXTENSIONS)}, or DICOM without an ending.")
+            raise UserError(f"{path} is not an image; it may be {', '.join(EXTENSIONS)}, or DICOM without an ending.")
         return [source_of_file(path)], []
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; --images must be a file or a folder of images.")

@@ -113,9 +113,9 @@ def is_ct(scan: Scan, modality: str = "") -> bool:
 
     Hounsfield units show air near -1000, or padding far below it.
     """
-    said = modality or scan.modality
-    if said:
-        return said.upper() in ("CT", "CBCT")
+    stated = modality or scan.modality
+    if stated:
+        return stated.upper() in ("CT", "CBCT")
     if scan.in_colour or scan.values.dtype.kind not in "if" or scan.values.dtype == np.int8:
         return False
     low, high = scan.finite_range
@@ -165,7 +165,7 @@ def describe(intensity: str, scan: Scan, modality: str = "") -> tuple[list[tuple
     if intensity == AUTO_CT or (intensity == AUTO and is_ct(scan, modality)):
         reason = "its modality" if modality or scan.modality else "its values"
         return bounds, f"the soft-tissue window, {bounds[0][0]:g} to {bounds[0][1]:g}: CT by {reason}"
-    return bounds, "percentiles of what is not background"
+    return bounds, "percentiles of the foreground"
 
 
 def bounds_of(intensity: str, scan: Scan, modality: str = "") -> list[tuple[float, float]] | None:
@@ -178,16 +178,16 @@ def to_channels(plane: np.ndarray, scan: Scan, intensity: Intensity, modality: s
     bounds = _bounds(intensity, scan, modality)
     if bounds is None:
         grey = plane.astype(np.float32) / 255
-        return np.ascontiguousarray(grey.clip(0, 1) if plane.ndim == 3 else _three([grey.clip(0, 1)]))
+        return np.ascontiguousarray(grey.clip(0, 1) if plane.ndim == 3 else _as_three_channels([grey.clip(0, 1)]))
     lowest = scan.finite_range[0]
     values = plane.astype(np.float32)
     if plane.dtype.kind == "f":
         values = np.nan_to_num(values, nan=lowest, posinf=scan.finite_range[1], neginf=lowest)
     channels = [((values - low) / max(high - low, 1e-8)).clip(0, 1) for low, high in bounds]
-    return np.ascontiguousarray(channels[0]) if plane.ndim == 3 else _three(channels)
+    return np.ascontiguousarray(channels[0]) if plane.ndim == 3 else _as_three_channels(channels)
 
 
-def _three(channels: list[np.ndarray]) -> np.ndarray:
+def _as_three_channels(channels: list[np.ndarray]) -> np.ndarray:
     return np.stack(channels * (3 // len(channels)), axis=-1)
 
 

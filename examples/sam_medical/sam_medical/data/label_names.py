@@ -74,15 +74,15 @@ def label_names(content: Any, path: Path) -> LabelNames:
     content = {plain(name): value for name, value in content.items()}
     ignored = [name for name in content if name.lower() == "ignore"]
     if ignored:
-        raise UserError(f"{path} has the label {ignored[0]!r}, and there is no way to leave pixels out; remove it.")
+        raise UserError(f"{path} has the label {ignored[0]!r}, but pixels cannot be ignored; remove it.")
     backgrounds = [value for name, value in content.items() if name.lower() in BACKGROUND_NAMES]
     content = {name: value for name, value in content.items() if name.lower() not in BACKGROUND_NAMES}
     numbers = {name: _as_numbers(value) for name, value in content.items()}
     colours = {name: parse_colour(value) for name, value in content.items()}
     require_label_names(list(content), path)
     if content and all(numbers.values()):
-        values = {name: some for name, some in numbers.items() if some}
-        singles = [some for some in values.values() if len(some) == 1]
+        values = {name: entries for name, entries in numbers.items() if entries}
+        singles = [entries for entries in values.values() if len(entries) == 1]
         if len(set(singles)) == len(singles) and all(value in (0, [0]) for value in backgrounds):
             return LabelNames(values=values)
     if content and all(colours.values()) and len(set(colours.values())) == len(colours):
@@ -124,10 +124,10 @@ def _as_numbers(value: object) -> tuple[int, ...]:
 
     Three numbers are a colour, unless all are below `DARKEST_COLOUR`: such a colour would look black.
     """
-    some = value if isinstance(value, list) else [value]
-    numbers = tuple(part for part in some if type(part) is int and part > 0)
+    entries = value if isinstance(value, list) else [value]
+    numbers = tuple(part for part in entries if type(part) is int and part > 0)
     is_colour = len(numbers) == 3 and max(numbers) >= DARKEST_COLOUR
-    return () if is_colour or len(numbers) < len(some) else numbers
+    return () if is_colour or len(numbers) < len(entries) else numbers
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -128,13 +128,13 @@ def _two_folders(folder: Path, root: Path, all_folders: Sequence[Path]) -> Part:
     else:
         mask_folders = [folder_named(other, MASK_FOLDERS) for other in all_folders] or [mask_folder]
         part.labels = _label_folders([other for other in mask_folders if other])
-        of_label = [_masks_of_label(mask_folder, label) for label in part.labels]
+        found_per_label = [_masks_of_label(mask_folder, label) for label in part.labels]
         masks, others = (
-            [mask for some, _ in of_label for mask in some],
-            [path for _, some in of_label for path in some],
+            [mask for some, _ in found_per_label for mask in some],
+            [path for _, some in found_per_label for path in some],
         )
         images = _slices_with_masks(images, masks, image_folder)
-        matched = [match(images, some) for some, _ in of_label]
+        matched = [match(images, some) for some, _ in found_per_label]
         part.pairs = [Pair(image, MaskOfEach([one.get(image.key, []) for one in matched])) for image in images]
         used = {mask.key for one in matched for some in one.values() for mask in some}
     for pair in part.pairs:
@@ -300,16 +300,16 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
             for category in content["categories"]
             if (name := plain(str(category["name"]))) in labels
         }
-        of_image: dict[Any, list[Any]] = defaultdict(list)
+        by_image: dict[Any, list[Any]] = defaultdict(list)
         for annotation in content["annotations"]:
             _check_coco(annotation, places, file)
-            of_image[annotation["image_id"]].append(annotation)
-        strangers = of_image.keys() - {image["id"] for image in content["images"]}
-        if strangers:
-            stranger = min(strangers, key=str)
+            by_image[annotation["image_id"]].append(annotation)
+        unlisted_ids = by_image.keys() - {image["id"] for image in content["images"]}
+        if unlisted_ids:
+            unlisted_id = min(unlisted_ids, key=str)
             raise UserError(
-                f"{file} has {len(of_image[stranger])} annotations of an image with the id {stranger!r}, which it "
-                "does not list; add the image, or take them out."
+                f"{file} has {len(by_image[unlisted_id])} annotations of an image with the id {unlisted_id!r}, which "
+                "it does not list; add the image, or remove the annotations."
             )
         for image in content["images"]:
             name = plain(str(image["file_name"])).replace("\\", "/")
@@ -317,11 +317,11 @@ def _coco(folder: Path, files: Sequence[Path], all_files: Sequence[Path], split:
             if not found:
                 raise UserError(f"{file} lists {name}, which is in no folder of {folder}; add it.")
             if len(found) > 1:
-                raise UserError(f"{file} lists {name}, and {found[0]} and {found[1]} are called so; give its folder.")
+                raise UserError(f"{file} lists {name}, which may be {found[0]} or {found[1]}; give its folder.")
             path = found[0]
             used.add(path)
             size = int(image.get("height") or 0), int(image.get("width") or 0)
-            annotation = CocoAnnotations(file, size, of_image[image["id"]], places, len(labels))
+            annotation = CocoAnnotations(file, size, by_image[image["id"]], places, len(labels))
             part.pairs.append(Pair(_source_in(path, folder), annotation))
     part.pairs.sort(key=lambda pair: pair.image.key)
     left = [path for path in pictures.paths if path not in used]
@@ -336,8 +336,8 @@ def _of_split(paths: list[Path], split: str, folder: Path) -> list[Path]:
     def lies_in_split(path: Path) -> bool:
         return any(is_called(part, split) for part in path.relative_to(folder).parts[:-1])
 
-    mine = [path for path in paths if split and lies_in_split(path)]
-    return mine if len(mine) == 1 else paths
+    in_split = [path for path in paths if split and lies_in_split(path)]
+    return in_split if len(in_split) == 1 else paths
 
 
 def _coco_labels(files: Sequence[Path]) -> list[str]:
@@ -363,7 +363,7 @@ def _why_without_labels(files: Sequence[Path]) -> str:
         if used:
             known = ", ".join(str(category["id"]) for category in content["categories"]) or "none"
             given = f"{len(content['annotations'])} annotations the categories {', '.join(sorted(used))}"
-            return f"{file} gives its {given}, and lists {known}; add those to its categories."
+            return f"{file} gives its {given}, but lists {known}; add them to its categories."
     return f"{files[0]} holds no annotations; export it with its outlines."
 
 
@@ -371,10 +371,10 @@ def _check_coco(annotation: Any, places: dict[Any, int], file: Path) -> None:
     number = annotation.get("id")
     if annotation.get("category_id") not in places:
         raise UserError(
-            f"{file} gives annotation {number} the category {annotation.get('category_id')}, which is none."
+            f"{file} gives annotation {number} the category {annotation.get('category_id')}, which it does not list."
         )
     if not annotation.get("segmentation"):
-        raise UserError(f"{file} gives annotation {number} a box and no outline; export it with segmentations.")
+        raise UserError(f"{file} gives annotation {number} a box but no outline; export it with segmentations.")
 
 
 def _labelme_files(folder: Path) -> list[Path]:
@@ -414,7 +414,7 @@ def _labelme(folder: Path, files: Sequence[Path], all_files: Sequence[Path]) -> 
         image = pictures.of_labelme(path, name)
         if image is None:
             raise UserError(
-                f"{path} is of {name}, which lies neither beside it nor at its like place in images; put it beside it."
+                f"{path} is of {name}, which lies neither beside it nor at the same place in images; put it beside it."
             )
         used.add(image)
         shapes = [

@@ -43,28 +43,30 @@ def mask_of_one_label(layer: Layer) -> np.ndarray:
     values = _brightness(layer)
     distinct = np.unique(values)
     if not np.isfinite(distinct).all():
-        raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
+        raise UserError(f"{layer.path} holds NaN or infinity; a mask must hold whole numbers.")
     low, high = float(distinct[0]), float(distinct[-1])
     if low < 0:
-        raise UserError(f"{layer.path} holds {low:g}; a mask holds zero, and above it what is the label.")
+        raise UserError(
+            f"{layer.path} holds {low:g}; a mask must hold zero for background and positive values for labels."
+        )
     if len(distinct) == 1:
         return values > (127 if layer.lossy else 0)
     if len(distinct) == 2:
         return values > (low + high) / 2
     if _is_picture(values, distinct):
         raise UserError(
-            f"{layer.path} holds {len(distinct)} values, most of them between black and white: a picture, and no "
-            "mask; put in the mask."
+            f"{layer.path} holds {len(distinct)} values, most of them between black and white: an image, and no "
+            "mask; use the mask."
         )
     if layer.lossy:
         if high < LEAST_WHITE:
-            raise UserError(f"{layer.path} holds 0 to {high:g} in a format that changes values; save the mask as PNG.")
+            raise UserError(f"{layer.path} holds 0 to {high:g} in a lossy format; save the mask as PNG.")
         return values > 127
     if _has_soft_edges(values, distinct):
         if _has_numbers(values, distinct):
-            some = _some(distinct[(distinct > low) & (distinct < high)])
+            some = _abbreviated(distinct[(distinct > low) & (distinct < high)])
             raise UserError(
-                f"{layer.path} holds {some} beside {high:g}, and not as soft edges: numbers of things, or of labels. "
+                f"{layer.path} holds {some} beside {high:g}, and not as soft edges: instance or label numbers. "
                 f"Save it with 0 and {high:g}, or put it into masks itself and say in labels.json which values are "
                 'the label, {"NAME": [1, 2]}.'
             )
@@ -85,21 +87,21 @@ def masks_by_value(layer: Layer, values: Mapping[str, Sequence[int]]) -> np.ndar
             if len(known) > 2:
                 _warn_of_edges(layer, numbers)
             return np.stack([np.isin(numbers, list(some)) for some in values.values()])
-    of_one = _cut_for_one_label(layer, values, candidates)
-    if of_one is not None:
-        return of_one
+    single_label_mask = _cut_for_one_label(layer, values, candidates)
+    if single_label_mask is not None:
+        return single_label_mask
     if not candidates:
         raise UserError(
             f"{layer.path} is a mask in colours; save it with one channel, a whole number for each label, or give "
             'labels.json the colours, {"liver": "#ff0000"}.'
         )
     unknown = sorted(set(np.unique(candidates[0]).tolist()) - known)
-    some = _some(unknown)
+    some = _abbreviated(unknown)
     known_text = sorted(known)
     if layer.lossy or any(number % 1 for number in unknown):
         raise UserError(
             f"{layer.path} holds {some}, between the labels {known_text}: it was interpolated, or saved in a "
-            "format that changes values; make it anew with nearest neighbours, in PNG or NIfTI."
+            "lossy format; make it again with nearest-neighbour interpolation, in PNG or NIfTI."
         )
     remedy = f'Say in labels.json what they are, {{"NAME": {unknown[-1]:g}}}, or make' if unknown[-1] > 0 else "Make"
     raise UserError(f"{layer.path} holds {some}, which belong to no label; known are {known_text}. {remedy} them 0.")
@@ -126,7 +128,9 @@ def masks_by_colour(layer: Layer, colours: Mapping[str, Colour], background: Seq
     if unknown and len(colours) > 1:
         some = ", ".join(f"#{number:06x}" for number in unknown[:NAMED_AT_MOST])
         more = " and others" if len(unknown) > NAMED_AT_MOST else ""
-        raise UserError(f"{layer.path} holds {some}{more}, which belong to no label; known are {_list(colours)}.")
+        raise UserError(
+            f"{layer.path} holds {some}{more}, which belong to no label; known are {_colour_list(colours)}."
+        )
     distances = ((found[:, None] >> (16, 8, 0) & 255)[:, None] - known) ** 2
     nearest = distances.sum(2).argmin(1)
     if unknown:
@@ -155,16 +159,18 @@ def _check_between(layer: Layer, found: np.ndarray, known: np.ndarray, colours: 
     aside = np.linalg.norm(pixels - along[:, None] * colour, axis=1)
     if aside.max() > (90 if layer.lossy else 24):
         number = int(found[aside.argmax()])
-        raise UserError(f"{layer.path} holds #{number:06x}, which belongs to no label; known are {_list(colours)}.")
+        raise UserError(
+            f"{layer.path} holds #{number:06x}, which belongs to no label; known are {_colour_list(colours)}."
+        )
     if found.any() and along.max() < 0.5:
         number = int(found[along.argmax()])
         raise UserError(
-            f"{layer.path} holds nothing brighter than #{number:06x}, which is no soft edge of {_list(colours)}; give "
-            "the colours or values that the masks have."
+            f"{layer.path} holds nothing brighter than #{number:06x}, which is not a soft edge of "
+            f"{_colour_list(colours)}; give the colours or values that the masks have."
         )
 
 
-def _list(colours: Mapping[str, Colour]) -> str:
+def _colour_list(colours: Mapping[str, Colour]) -> str:
     return ", ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.values())
 
 
@@ -202,7 +208,7 @@ def _numbers(layer: Layer) -> list[np.ndarray]:
             whole = np.rint(values)
             values = whole.astype(int) if np.abs(values - whole).max() < ROUNDING else values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise UserError(f"{layer.path} holds values that are no numbers; a mask must hold whole numbers.")
+            raise UserError(f"{layer.path} holds NaN or infinity; a mask must hold whole numbers.")
         if layer.alpha is not None:
             values = np.where(layer.alpha > 0, values, values.dtype.type(0))
         found.insert(0 if layer.grey_palette else len(found), values)
@@ -300,7 +306,7 @@ def _flat_pixels(values: np.ndarray, where: np.ndarray) -> int:
     return count
 
 
-def _some(numbers: Sequence[float] | np.ndarray) -> str:
+def _abbreviated(numbers: Sequence[float] | np.ndarray) -> str:
     more = " and others" if len(numbers) > NAMED_AT_MOST else ""
     return ", ".join(f"{number:g}" for number in numbers[:NAMED_AT_MOST]) + more
 
@@ -320,8 +326,8 @@ def _warn_of_edges(layer: Layer, numbers: np.ndarray) -> None:
         between = here & (low < value) & (high > value)
         if here.sum() >= NAMED_AT_MOST and between.sum() >= EDGE_SHARE * here.sum():
             warnings.warn(
-                f"{layer.path}: {value} is nowhere but at the edges of higher values, as if the mask had been "
-                "interpolated; if so, make it anew with nearest neighbours.",
+                f"{layer.path}: {value} occurs only at the edges of higher values, as if the mask had been "
+                "interpolated; if so, make it again with nearest-neighbour interpolation.",
                 stacklevel=2,
             )
             return

@@ -45,15 +45,15 @@ class OwnData(SegmentationDataset):
         folders = _split_folders(root)
         if folders and split not in folders:
             raise UserError(f"{root} has folders for its splits, but none for {split}; add {root / split / 'images'}.")
-        of_split = None if folders else coco_split(root, split)
-        part = of_split or read_part(folders.get(split, root), root, list(folders.values()) or [root])
+        coco_part = None if folders else coco_split(root, split)
+        part = coco_part or read_part(folders.get(split, root), root, list(folders.values()) or [root])
         self.labels: Sequence[str] = tuple(part.labels)
         self.notes = part.notes
         if part.modality:
             self.reading = replace(self.reading, modality=part.modality)
-        below = None if folders or of_split else pairs_below(part.pairs, split, part.folder)
+        below = None if folders or coco_part else pairs_below(part.pairs, split, part.folder)
         part.pairs = part.pairs if below is None else below
-        pairs = part.pairs if folders or of_split or below else self._in_turn(part)
+        pairs = part.pairs if folders or coco_part or below else self._in_turn(part)
         if not pairs:
             raise UserError(
                 f"{part.folder} holds {len(part.pairs)} images, too few for the split {split}: give ten, or "
@@ -70,8 +70,8 @@ class OwnData(SegmentationDataset):
         """Returns the pairs of this split by position: images, or folders if there are at least ten of them."""
         if _has_many_folders(part.pairs):
             folders = sorted({pair.image.folder for pair in part.pairs})
-            mine = {folder for place, folder in enumerate(folders) if place % 10 in TURNS[self.split]}
-            return [pair for pair in part.pairs if pair.image.folder in mine]
+            in_split = {folder for place, folder in enumerate(folders) if place % 10 in TURNS[self.split]}
+            return [pair for pair in part.pairs if pair.image.folder in in_split]
         if any(pair.image.folder for pair in part.pairs):
             self.notes = [*self.notes, "splits are by image, and not by folder, of which there are fewer than ten"]
         return [pair for place, pair in enumerate(part.pairs) if place % 10 in TURNS[self.split]]

@@ -105,11 +105,11 @@ def _labels_of_files(patients: Sequence[Patient]) -> list[str]:
 
 
 def _pairs_of(patient: Patient, names: LabelNames | None, labels: Sequence[str]) -> list[Pair]:
-    of_label: dict[str, list[Source]] = defaultdict(list)
+    masks_by_label: dict[str, list[Source]] = defaultdict(list)
     for mask in patient.masks:
         label = patient.short(mask).split("/")[0] if labels else ""
-        of_label[label].append(replace(mask, name=mask.name.replace(f"/{label}/", "/", 1)) if label else mask)
-    matched = {label: _matched(patient.images, masks) for label, masks in of_label.items()}
+        masks_by_label[label].append(replace(mask, name=mask.name.replace(f"/{label}/", "/", 1)) if label else mask)
+    matched = {label: _matched(patient.images, masks) for label, masks in masks_by_label.items()}
     pairs = []
     for image in patient.images:
         own = [matched[label].get(image.key, []) if label in matched else [] for label in labels or [""]]

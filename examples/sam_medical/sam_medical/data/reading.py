@@ -141,14 +141,14 @@ def check_grid(mask: Source, image: Source, resample: bool) -> None:
     mask_shape, mask_affine, _ = probe(mask)
     if (affine is None) != (mask_affine is None):
         raise UserError(
-            f"{_of(mask)} is {_kind(mask_affine, mask_shape)}, and its image {image.path.name} is "
+            f"{_name(mask)} is {_kind(mask_affine, mask_shape)}, and its image {image.path.name} is "
             f"{_kind(affine, shape)}; save both in one form."
         )
     if affine is None or mask_affine is None:
         if shape != mask_shape:
             raise UserError(
-                f"{_of(mask)} is {_pixels(mask_shape)}, its image {_pixels(shape, False)} ({image.path.name}); "
-                "put in the pair that belongs together."
+                f"{_name(mask)} is {_pixels(mask_shape)}, its image {_pixels(shape, False)} ({image.path.name}); "
+                "use the image and the mask that belong together."
             )
         return
     if not resample:
@@ -158,18 +158,18 @@ def check_grid(mask: Source, image: Source, resample: bool) -> None:
 def _check_distance(
     mask: Source,
     image: Source,
-    of_mask: tuple[tuple[int, ...], np.ndarray],
-    of_image: tuple[tuple[int, ...], np.ndarray],
+    mask_grid: tuple[tuple[int, ...], np.ndarray],
+    image_grid: tuple[tuple[int, ...], np.ndarray],
 ) -> None:
-    shape, affine = of_image
-    empty = np.broadcast_to(np.uint8(0), of_mask[0])
-    on_grid, distance = onto_grid(empty, of_mask[1], shape, affine)
+    shape, affine = image_grid
+    empty = np.broadcast_to(np.uint8(0), mask_grid[0])
+    on_grid, distance = onto_grid(empty, mask_grid[1], shape, affine)
     if on_grid.shape == shape and distance <= tolerance(affine):
         return
-    sizes = f"{_size(of_mask[0])} voxels and {_size(shape)}"
+    sizes = f"{_size(mask_grid[0])} voxels and {_size(shape)}"
     raise UserError(
-        f"{_of(mask)} does not lie on its image {image.path}: {sizes}, and corners up to {distance:.4g} mm apart. "
-        "Give --resample-masks true to take the nearest voxels, or put in the pair that belongs together."
+        f"{_name(mask)} does not lie on its image {image.path}: {sizes}, and corners up to {distance:.4g} mm apart. "
+        "Give --resample-masks true to take the nearest voxels, or use the image and the mask that belong together."
     )
 
 
@@ -212,7 +212,7 @@ def _slice_axis(affine: np.ndarray | None, plane: str) -> int:
     return int(np.flatnonzero(targets == 0)[0])
 
 
-def _of(source: Source) -> str:
+def _name(source: Source) -> str:
     return str(source.path)
 
 

@@ -189,8 +189,8 @@ def _dicom_sources(inner: Path, paths: list[Path], folder: Path) -> list[Source]
     name = inner.resolve().name if place == "." else place
     many = len(volumes) > 1
     for number, slices in enumerate(volumes, start=1):
-        said = slices[0][1].get("SeriesNumber")
-        volume = _volume(inner, f"{name}_series{said or number}" if many else name, slices)
+        series_number = slices[0][1].get("SeriesNumber")
+        volume = _volume(inner, f"{name}_series{series_number or number}" if many else name, slices)
         singles.append(replace(volume, hint=_hint_on_series(inner, volumes) if many else ""))
     names = [source.key for source in singles]
     if len(set(names)) < len(names):  # two series have the same number
@@ -223,19 +223,19 @@ def _hint_on_places(folder: Path, count: int) -> str:
     if count < 2:
         return ""
     return (
-        f"the {count} DICOM files of {folder} say no place (ImagePositionPatient), so each is a picture of its own: "
+        f"the {count} DICOM files of {folder} have no position (ImagePositionPatient), so each is a separate image: "
         "give each a mask of its name, or save them as a volume, with dcm2niix for example."
     )
 
 
 def _hint_on_series(folder: Path, volumes: Sequence[Sequence[tuple[Path, Any]]]) -> str:
-    said = "; ".join(
+    series_list = "; ".join(
         f"series {slices[0][1].get('SeriesNumber')}, {len(slices)} slices from {slices[0][0].name}"
         for slices in volumes
     )
     return (
-        f"{folder} holds {len(volumes)} DICOM series ({said}): leave the one that was segmented there, and move the "
-        "others."
+        f"{folder} holds {len(volumes)} DICOM series ({series_list}): leave the one that was segmented there, and "
+        "move the others."
     )
 
 
@@ -258,7 +258,7 @@ def _volume(path: Path, name: str, slices: list[tuple[Path, Any]]) -> Source:
         places = np.array([header.ImagePositionPatient for _, header in slices], dtype=float)
         order = order_of(places, normal)
     except (ValueError, TypeError) as error:
-        return Source(path, name, problem=f"{path} has slices without a place ({first_line(error)}); remove them.")
+        return Source(path, name, problem=f"{path} has slices without a position ({first_line(error)}); remove them.")
     files = tuple(slices[index][0] for index in order)
     problem = problem_of(places[order], normal, [file.name for file in files])
     return Source(path, name, files, f"{path} has {problem}" if problem else "")

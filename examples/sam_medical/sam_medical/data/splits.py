@@ -46,16 +46,16 @@ def pairs_below(pairs: Sequence[Pair], split: str, folder: Path) -> list[Pair] |
     folders = sorted({pair.image.folder for pair in pairs})
     if len({split_named(name) for name in folders} - {""}) < 2:
         return None
-    stranger = next((pair.image.path for pair in pairs if not split_named(pair.image.folder)), None)
-    if stranger is not None:
+    outsider = next((pair.image.path for pair in pairs if not split_named(pair.image.folder)), None)
+    if outsider is not None:
         raise UserError(
-            f"{stranger} lies in none of the folders of splits, {', '.join(filter(split_named, folders))}; move it "
+            f"{outsider} lies in none of the folders of splits, {', '.join(filter(split_named, folders))}; move it "
             "into one."
         )
-    mine = [pair for pair in pairs if split_named(pair.image.folder) == split]
-    if not mine:
+    in_split = [pair for pair in pairs if split_named(pair.image.folder) == split]
+    if not in_split:
         raise UserError(f"{folder} has folders for its splits, but none for {split}; add {folder / split}.")
-    return [Pair(_below(pair), pair.annotation) for pair in mine]
+    return [Pair(_below(pair), pair.annotation) for pair in in_split]
 
 
 def _below(pair: Pair) -> Source:

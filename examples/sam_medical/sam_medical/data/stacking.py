@@ -36,20 +36,20 @@ def problem_of(places: np.ndarray, normal: np.ndarray, names: Sequence[str]) -> 
     if gaps.min() < SAME_PLACE:
         first = int(gaps.argmin())
         return (
-            f"two slices in one place, {names[first]} and {names[first + 1]}: several time points, echoes or copies; "
+            f"two slices at one position, {names[first]} and {names[first + 1]}: time points, echoes or copies; "
             "keep one of them."
         )
     if np.abs(gaps - usual).max() > UNEVEN * usual:
         first = int(np.abs(gaps - usual).argmax())
         return (
             f"slices {usual:g} mm apart, but {names[first]} and {names[first + 1]} are {gaps[first]:g} mm apart; add "
-            "the slices that are missing, or save it as an even volume."
+            "the slices that are missing, or save it as an evenly spaced volume."
         )
     aside = np.linalg.norm(steps - gaps[:, None] * normal, axis=1)
     if aside.max() > UNEVEN * usual:
         angle = np.degrees(np.arctan2(aside.max(), usual))
         return (
-            f"slices that do not lie straight above each other (a gantry tilted by {angle:.0f} degrees); save it as a "
-            "straight volume, with dcm2niix for example."
+            f"slices that are not aligned (a gantry tilted by {angle:.0f} degrees); save it as a "
+            "rectangular volume, with dcm2niix for example."
         )
     return ""

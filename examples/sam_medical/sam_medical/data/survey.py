@@ -158,7 +158,7 @@ def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
     """Returns warnings to read before training, such as absent or vanishing labels and images in two splits."""
     train = surveys["train"]
     lines = [
-        f'no training image has the label "{label}": it cannot be learned, and is kept out of means'
+        f'no training image has the label "{label}": it cannot be learned, and is excluded from means'
         for label in train.absent()
     ]
     lines += [
@@ -178,7 +178,7 @@ def warnings_of(surveys: Mapping[str, Survey]) -> list[str]:
         split, name, other, name_there = pairs[0]
         lines.append(
             f"{len(pairs)} images are in two splits, first {name} of {split}, which is {name_there} of {other}; "
-            "scores of images that were trained on say nothing"
+            "scores of trained images are meaningless"
         )
     return lines
 

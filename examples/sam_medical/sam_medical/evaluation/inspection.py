@@ -49,12 +49,14 @@ def inspect(options: InspectOptions) -> None:
         print(f"{split}: {problem}\n")
     if not surveys:
         raise UserError(in_short(errors))
-    said = warnings_of(surveys) if "train" in surveys else []
-    for line in said:
+    note_lines = warnings_of(surveys) if "train" in surveys else []
+    for line in note_lines:
         print(f"note: {line}")
     if options.json:
         shared = [list(pair) for pair in shared_images(surveys)]
-        write_json(Path(options.json), {"splits": content, "in_two_splits": shared, "notes": said, "errors": errors})
+        write_json(
+            Path(options.json), {"splits": content, "in_two_splits": shared, "notes": note_lines, "errors": errors}
+        )
     if options.sheet:
         chosen = {split: thinned(datasets[split], SHOWN_A_SPLIT) for split in surveys}
         shown = {
@@ -71,7 +73,7 @@ def in_short(errors: Mapping[str, str]) -> str:
     """Returns the first error, and the names of other splits with errors."""
     (split, problem), *_ = errors.items()
     others = [other for other, text in errors.items() if text != problem]
-    return f"{split}: {problem}" + (f" What is wrong in {' and '.join(others)} is said above." if others else "")
+    return f"{split}: {problem}" + (f" The errors of {' and '.join(others)} are printed above." if others else "")
 
 
 def open_all(options: InspectOptions) -> tuple[dict[str, SegmentationDataset], dict[str, str]]:

@@ -140,7 +140,7 @@ class PeftTuner(Tuner):
         except Exception as error:  # PEFT and the methods raise any type for what may be in a file
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{folder} is damaged ({reason}); train again, or fetch the whole folder again."
+                f"{folder} is damaged ({reason}); train again, or download the whole folder again."
             ) from error
         check_like(folder / self.weights_file, state, self.state(tuned))
         return tuned

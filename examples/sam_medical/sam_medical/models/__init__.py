@@ -1,4 +1,4 @@
-"""Text-prompted SAM: pretrained backbones, prompts, the text encoder, and networks without SAM."""
+"""Text-prompted SAM: pretrained backbones, prompts, text encoders, and networks without SAM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sam_medical.common.registry import Registry
 if TYPE_CHECKING:
     from sam_medical.models.backbone import Backbone
 
-# By name, or by the `model_type` in the config.json of a hub name or folder.
+# The keys are names, or the `model_type` in the config.json of a Hub name or folder.
 BACKBONES: Registry[type[Backbone]] = Registry(
     "backbone",
     {

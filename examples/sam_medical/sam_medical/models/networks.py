@@ -1,4 +1,4 @@
-"""The paper's networks without SAM, trained from nothing: images in, one mask a label out."""
+"""The paper's baselines without SAM, trained from scratch: from images to one mask per label."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import MobileNetV2Config, MobileNetV2Model
 
 from sam_medical.models.pixels import ImagenetNormalization
 
-# What every network's halvings, and UNETR's patches, divide.
+# Image sides must be multiples of this, for the downsampling of every network and the patches of UNETR.
 STRIDE = 32
 
 
 class SegmentationNetwork(nn.Module):
-    """A network behind the same interface as `PromptedSam`: mask logits (B, K, S, S) from images (B, 3, S, S)."""
+    """A network with the interface of a `Backbone`: from images (B, 3, S, S) to mask logits (B, K, S, S)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SegmentationNetwork(nn.Module):
 
 
 def convolution(channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
-    """With batch norm and ReLU, at the same resolution."""
+    """Returns a convolution with batch norm and ReLU that keeps the resolution."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
@@ -40,7 +40,7 @@ def convolution(channels: int, out_channels: int, kernel: int = 3, dilation: int
 
 
 class AtrousPyramid(nn.Module):
-    """DeepLab's atrous spatial pyramid pooling: views of several widths, and the whole image's mean."""
+    """DeepLab's atrous spatial pyramid pooling: convolutions of several dilations, and global average pooling."""
 
     DILATIONS = (6, 12, 18)
 
@@ -58,13 +58,13 @@ class AtrousPyramid(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """DeepLab v3+ (arXiv:1802.02611): atrous pyramid and decoder, on transformers' MobileNetV2 at stride 16.
+    """DeepLab v3+ (arXiv:1802.02611): MobileNetV2 of transformers at stride 16, atrous pyramid, and decoder.
 
-    transformers' own class of that name has neither the pyramid's dilations nor the decoder.
+    transformers' own DeepLab class has neither the dilations of the pyramid nor the decoder.
     """
 
     WIDTH, FINE_WIDTH = 256, 48
-    FINE_LAYER, FINE_CHANNELS, COARSE_CHANNELS = 1, 24, 320  # of MobileNetV2, at strides 4 and 16
+    FINE_LAYER, FINE_CHANNELS, COARSE_CHANNELS = 1, 24, 320  # MobileNetV2 features at strides 4 and 16
 
     def __init__(self, labels: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class DeepLab(nn.Module):
         self.encoder.set_submodule("conv_1x1", nn.Identity())
         for module in self.encoder.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1  # transformers' 0.997 is TensorFlow's way to say 0.003
+                module.momentum = 0.1  # transformers sets TensorFlow's 0.997, which is 0.003 in PyTorch's convention
         fine, coarse = self.FINE_CHANNELS, self.COARSE_CHANNELS
         self.pyramid = AtrousPyramid(coarse, self.WIDTH)
         self.project = convolution(fine, self.FINE_WIDTH, kernel=1)
@@ -89,8 +89,10 @@ class DeepLab(nn.Module):
 
 
 class SegNet(nn.Module):
-    """SegNet (arXiv:1511.00561): VGG16's convolutions, and their mirror image, which puts values back where the
-    pooling took them from. No library has it, so it stands here."""
+    """SegNet (arXiv:1511.00561): a VGG16 encoder, and a mirrored decoder that unpools with the encoder's indices.
+
+    It is implemented here because no maintained library provides it.
+    """
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -139,7 +141,7 @@ def unet(labels: int, side: int) -> nn.Module:
 def unetr(labels: int, side: int) -> nn.Module:
     network = UNETR(in_channels=3, out_channels=labels, img_size=(side, side), spatial_dims=2)
     for name, module in network.named_modules():
-        if "cross_attn" in name:  # which MONAI's blocks have, and UNETR does not use
+        if "cross_attn" in name:  # MONAI's blocks have cross-attention, which UNETR does not use
             module.requires_grad_(False)
     return network
 

@@ -1,4 +1,4 @@
-"""What SAM's mask decoder is asked for: label names, nothing, the image itself, or an expert's point or box.
+"""Prompts of SAM's mask decoder: label names, none, the image itself, or an expert's points or boxes.
 
 Shape legend: B images, K labels, P prompts per image, n tokens per prompt, S image side, h w the encoder's grid,
 D width of the text embeddings.
@@ -26,8 +26,8 @@ class Prompts(NamedTuple):
 
     Attributes:
         tokens: (B, P, n, 256).
-        dense: What is added to the image embeddings, (B, P, 256, h, w); None for the prompt encoder's "no mask".
-        given: (B, P), False where an expert had nothing to point at; None if there is always a prompt.
+        dense: Added to the image embeddings, (B, P, 256, h, w); None for the prompt encoder's "no mask" embedding.
+            given: (B, P), False for prompts of absent labels, which an expert cannot give; None if all are given.
     """
 
     tokens: Tensor
@@ -39,9 +39,8 @@ class Prompter(nn.Module):
     """Makes `Prompts` for a backbone from images (B, 3, S, S) and true masks (B, K, S, S).
 
     Attributes:
-        needs_box: Whether a decoder that was trained with boxes also gets the box around the whole image, beside these
-            prompts.
-        learned_modules: Names of the modules that learn; an empty name is the prompter as a whole.
+        needs_box: Whether a decoder that was trained with boxes also gets a box around the whole image.
+            learned_modules: Names of the trained modules; an empty name is the whole prompter.
     """
 
     needs_box = True
@@ -49,10 +48,9 @@ class Prompter(nn.Module):
 
 
 class TextAffineLayer(nn.Module):
-    """Text embeddings (K, D) to prompt tokens (K, 256): one learned layer, the paper's TAL.
+    """The paper's text affine layer (TAL): from text embeddings (K, D) to prompt tokens (K, 256).
 
-    Normalised token by token (the published code does it over the batch), so that a token depends on its own label
-    alone.
+    It uses layer norm, so each token depends on its own label only. The published code uses batch norm.
     """
 
     def __init__(self, text_width: int, prompt_width: int) -> None:
@@ -65,7 +63,7 @@ class TextAffineLayer(nn.Module):
 
 
 class TextPrompts(Prompter):
-    """One token per label, from its name's text embedding (K, D)."""
+    """One token per label, computed from the text embeddings (K, D) of the label names."""
 
     learned_modules = ("text_affine",)
     text_embeddings: Tensor
@@ -81,7 +79,7 @@ class TextPrompts(Prompter):
 
 
 class LearnedPrompts(Prompter):
-    """One learned token per label, for names that a text encoder does not know or cannot tell apart."""
+    """One learned token per label, for names that a text encoder does not know or cannot distinguish."""
 
     learned_modules = ("tokens",)
 
@@ -95,16 +93,16 @@ class LearnedPrompts(Prompter):
 
 
 class NoPrompts(Prompter):
-    """One prompt without tokens: SAMed's, where each of the decoder's masks stands for a label."""
+    """One prompt without tokens, as in SAMed: the decoder returns one mask per label."""
 
     def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
         return Prompts(images.new_zeros(len(images), 1, 0, backbone.prompt_width))
 
 
 class ImagePrompts(Prompter):
-    """AutoSAM's: a network computes from the image what SAM's prompt encoder computes from a mask, per label.
+    """AutoSAM's prompts: a network computes dense prompts from the image, in place of SAM's mask prompts, per label.
 
-    MONAI's U-Net replaces AutoSAM's HarDNet, which no well-kept library has.
+    MONAI's U-Net replaces AutoSAM's HarDNet, which no maintained library provides.
     """
 
     WIDTH = 64
@@ -118,7 +116,7 @@ class ImagePrompts(Prompter):
         self.project = nn.Conv2d(self.WIDTH, labels * prompt_width, 1)
 
     def forward(self, images: Tensor, true_masks: Tensor | None, backbone: Backbone) -> Prompts:
-        size = [8 * -(-side // 8) for side in images.shape[-2:]]  # what three halvings divide
+        size = [8 * -(-side // 8) for side in images.shape[-2:]]  # the U-Net halves the resolution three times
         features = self.unet(F.interpolate(images, size=size, mode="bilinear", align_corners=False))
         dense = self.project(F.adaptive_avg_pool2d(features, self.grid)).unflatten(1, (self.labels, -1))
         tokens = images.new_zeros(len(images), self.labels, 0, dense.shape[2])
@@ -126,9 +124,9 @@ class ImagePrompts(Prompter):
 
 
 class PointPrompts(Prompter):
-    """A point inside each label's true mask: any of its pixels in training, else the one farthest from its border.
+    """A point inside each label's true mask: a random pixel in training, otherwise the one farthest from the border.
 
-    A label that is absent gets no prompt, so an expert also says which labels there are.
+    Absent labels get no prompt, so the expert also tells which labels are present.
     """
 
     needs_box = False
@@ -141,7 +139,7 @@ class PointPrompts(Prompter):
 
 
 class BoxPrompts(Prompter):
-    """The box around each label's true mask; as for points, a label that is absent gets no prompt."""
+    """The bounding box of each label's true mask. Absent labels get no prompt, as for points."""
 
     needs_box = False
 
@@ -153,13 +151,13 @@ class BoxPrompts(Prompter):
 
 @dataclass(frozen=True)
 class PromptKind:
-    """A way to prompt, from which a method chooses.
+    """A kind of prompt, which a method chooses.
 
     Attributes:
-        name: As messages and tables say it.
-        make: The prompter for a backbone, a number of labels and, if there are any, their text embeddings (K, D).
+        name: The name in messages and tables.
+        make: Creates the prompter from a backbone, the number of labels, and their text embeddings (K, D) or None.
         from_labels: Whether the label names are the prompts.
-        from_expert: Whether somebody must point at what is to be segmented, in every image.
+        from_expert: Whether an expert must prompt every image.
     """
 
     name: str
@@ -182,7 +180,7 @@ BOX = PromptKind("box", lambda backbone, labels, text: BoxPrompts(), from_expert
 
 
 def random_point(mask: Tensor) -> Tensor:
-    """(x, y) of any pixel of a mask (S, S), by torch's random numbers; (0, 0) if it is blank."""
+    """Returns (x, y) of a random pixel of a mask (S, S), by torch's generator; (0, 0) if the mask is empty."""
     rows, columns = mask.nonzero(as_tuple=True)
     if not len(rows):
         return torch.zeros(2)
@@ -191,14 +189,14 @@ def random_point(mask: Tensor) -> Tensor:
 
 
 def innermost_point(mask: Tensor) -> Tensor:
-    """(x, y) of the pixel of a mask (S, S) that is farthest from what is not mask; (0, 0) if it is blank."""
+    """Returns (x, y) of the pixel of a mask (S, S) that is farthest from its border; (0, 0) if it is empty."""
     inside = np.pad(mask.cpu().numpy() > 0, 1)
     row, column = np.unravel_index(ndimage.distance_transform_edt(inside).argmax(), inside.shape)
     return torch.tensor([max(column - 1.0, 0.0), max(row - 1.0, 0.0)])
 
 
 def bounding_box(mask: Tensor) -> Tensor:
-    """(left, top, right, bottom) of a mask (S, S), in pixels; zeros if it is blank."""
+    """Returns (left, top, right, bottom) of a mask (S, S), in pixels; zeros if the mask is empty."""
     rows, columns = mask.nonzero(as_tuple=True)
     if not len(rows):
         return torch.zeros(4)

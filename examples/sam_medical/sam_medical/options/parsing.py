@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("it refers to another place in the file with *, which options have no use for")
+            raise yaml.YAMLError("it uses an alias (*), which options do not support")
         return super().compose_node(parent, index)
 
 

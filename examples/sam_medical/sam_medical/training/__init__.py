@@ -1,1 +1,1 @@
-"""A training run: loop, losses, states on disk, progress and record."""
+"""Training runs: loop, losses, saved states, progress and record."""

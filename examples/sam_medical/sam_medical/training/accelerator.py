@@ -1,4 +1,4 @@
-"""Accelerate as the options ask for it, and its trackers."""
+"""Creates the accelerator and its tracker from the options."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sam_medical.options.commands import TrainOptions
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Raises a `UserError` if the tracker or the precision is not available here."""
+    """Returns the accelerator of a run. Raises a `UserError` if the tracker or the precision is not available."""
     available = [str(tracker) for tracker in get_available_trackers()]
     if options.report_to is not None and options.report_to not in available:
         raise UserError(
-            f"report_to {options.report_to!r} is no tracker that accelerate finds here; install its package, or give "
+            f"report_to {options.report_to!r} is not a tracker that accelerate finds here; install it, or give "
             f"one of {', '.join(available) or 'none: no tracker is installed'}."
         )
     try:
@@ -26,15 +26,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
             project_dir=options.output_dir,
-            # The only buffers are constants, the same in every process.
+            # All buffers are constants, so broadcasting them is unnecessary.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
-        raise UserError(f"mixed_precision {options.mixed_precision!r} cannot be had here: {error}") from error
+        raise UserError(f"mixed_precision {options.mixed_precision!r} is not available here: {error}") from error
 
 
 def start_tracking(accelerator: Accelerator, options: TrainOptions) -> None:
-    """Starts the tracker, if there is one, with the options of the run."""
+    """Starts the tracker, if the options name one, and logs the options."""
     if options.report_to is not None:
         plain = {
             name: value if isinstance(value, (int, float)) else str(value) for name, value in asdict(options).items()

@@ -1,4 +1,4 @@
-"""The losses, on logits, per image and label."""
+"""Losses on mask logits, per image and label."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class FocalDiceLoss(nn.Module):
-    """``focal_weight`` * focal + Dice, as SAM was trained, each averaged over images and labels.
+    """``focal_weight`` * focal + Dice, as in SAM's training, each averaged over images and labels.
 
-    On a blank mask Dice counts 0: it would be near 1 until the last pixel's probability is gone, and drown the masks
-    that are there. The focal term alone says that there is nothing.
+    The Dice term of an empty mask is 0, and only the focal term trains it. Otherwise it would stay near 1 until every
+    pixel's probability vanishes, and dominate the loss of the other masks.
 
-    Shape: logits and masks (B, K, S, S), masks of zeros and ones; returns a scalar.
+    Shape: logits and masks are (B, K, S, S), masks of zeros and ones; the result is a scalar.
     """
 
     def __init__(self, focal_weight: float) -> None:
@@ -30,12 +30,12 @@ class FocalDiceLoss(nn.Module):
 
 
 class DiceCenterlineLoss(nn.Module):
-    """Half Dice, half clDice (arXiv:2003.07311): the overlap of masks, and of their centre lines.
+    """The mean of Dice and clDice (arXiv:2003.07311), which compares the centre lines of masks.
 
-    Shapes as above. MONAI's clDice sums over labels before it divides, so each mask goes in as an image of its own.
+    Shapes as in `FocalDiceLoss`. MONAI's clDice sums over labels before it divides, so each mask is passed separately.
     """
 
-    ERODED_PIXELS = 10  # half the thickness that is thinned to a line
+    ERODED_PIXELS = 10  # half of the thickness that can be thinned to a line
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,5 +48,5 @@ class DiceCenterlineLoss(nn.Module):
 
 
 def build_loss(name: str, focal_weight: float) -> nn.Module:
-    """The loss of a `Method`: "focal-dice" or "dice-cldice"."""
+    """Returns the loss named by a `Method`: "focal-dice" or "dice-cldice"."""
     return {"focal-dice": lambda: FocalDiceLoss(focal_weight), "dice-cldice": DiceCenterlineLoss}[name]()

@@ -1,4 +1,4 @@
-"""What a run measures of itself: versions, machine, images, memory."""
+"""Measures the environment of a run: versions, device, digests of the images, and peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("svdtune", "torch", "peft", "transformers", "accelerate", "monai", "
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The versions of Python and of the packages, and the device."""
+    """Returns the versions of Python and of the main packages, and the device."""
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
@@ -32,11 +32,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 def check_images(
     splits: Mapping[str, SegmentationDataset], surveys: Mapping[str, Survey] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Reads every image and mask once, so that a bad file is found before training starts; surveys count on the way.
+    """Reads every image and mask once, to find damaged files before training.
+
+    Args:
+        splits: The splits of the dataset.
+        surveys: Surveys that collect statistics of the splits.
 
     Returns:
-        For each split how many images it has, and sixteen hexadecimal digits that stand for their names, pixels and
-        masks.
+        Per split, the number of images, and 16 hexadecimal digits that identify their names, pixels and masks.
     """
     summary = {}
     bar = tqdm(desc="checking the images", total=sum(map(len, splits.values())), unit="image", leave=False)
@@ -61,7 +64,7 @@ def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: the most that the GPU had allocated, or on the CPU that the process had resident; None on Windows."""
+    """Returns the peak allocated GPU memory or, on the CPU, resident memory, in bytes; None for a CPU on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""How far a run is, and the losses and scores that it has seen so far."""
+"""The progress of a run: its step, losses and validations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from sam_medical.evaluation.metrics import LabelScores
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        step: Updates so far.
-        seconds: How long it has run, all its parts together.
-        best_dice, best_step: The best validation's; minus infinity before the first.
-        losses: Every step's loss.
-        validations: Every validation's step and Dice.
-        label_scores: Every validation's scores by label.
+        step: Number of updates so far.
+        seconds: Training time, including the time before a resume.
+        best_dice: The best validation score; minus infinity before the first validation.
+        best_step: The step of the best validation.
+        losses: The loss of each step.
+        validations: The (step, score) pairs of the validations.
+        label_scores: The scores by label of each validation.
     """
 
     step: int = 0
@@ -37,11 +38,11 @@ class Progress:
 
     @property
     def history(self) -> dict[str, Any]:
-        """Every step's loss; every validation's step and Dice, and its scores by label."""
+        """The losses, the validations, and their scores by label."""
         return {"losses": self.losses, "validations": self.validations, "label_scores": self.label_scores}
 
     def add_validation(self, dice: float, scores: Mapping[str, LabelScores]) -> bool:
-        """Notes a validation after the latest step; whether it was the best so far."""
+        """Adds a validation at the current step. Returns whether it is the best so far."""
         self.validations.append((self.step, dice))
         self.label_scores.append({label: asdict(score) for label, score in scores.items()})
         if dice <= self.best_dice:
@@ -50,15 +51,19 @@ class Progress:
         return True
 
     def as_json(self) -> dict[str, Any]:
-        """Without infinity, which JSON does not know."""
+        """Converts to JSON values. JSON has no infinity, so an undefined best score is None."""
         return {**asdict(self), "best_dice": self.best_dice if self.validations else None}
 
     @classmethod
     def from_json(cls, content: Any, labels: list[str]) -> Progress:
-        """The progress that `as_json` has written.
+        """Restores the result of `as_json`.
+
+        Args:
+            content: The parsed JSON.
+            labels: The labels of the run.
 
         Raises:
-            ValueError: if a key is missing or unknown, or a value is not of its type and range.
+            ValueError: if a key is missing or unknown, or a value has the wrong type or range.
         """
         _require(isinstance(content, dict), "progress")
         _require(content.keys() == {field.name for field in fields(cls)}, "keys of progress")
@@ -72,7 +77,7 @@ class Progress:
         _require(isinstance(scores, list) and len(scores) == len(validations), "label_scores")
         _require(all(_are_scores(by_label, labels) for by_label in scores), "label_scores")
         _require(is_whole(content["best_step"]), "best_step")
-        # The first of equals, as `add_validation` has it.
+        # The first of equal scores, as in `add_validation`.
         best_step, best_dice = max(validations, key=lambda pair: pair[1], default=(0, None))
         _require((content["best_dice"], content["best_step"]) == (best_dice, best_step), "best_dice or best_step")
         pairs = [(validated, dice) for validated, dice in validations]

@@ -1,4 +1,4 @@
-"""The record of a finished run, metrics.json: enough to do it again, or to see why it came out otherwise."""
+"""The record of a finished run, metrics.json: results, options and environment, enough to reproduce the run."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from sam_medical.data import dataset_and_fold
 from sam_medical.training.progress import Progress
 
 RECORD_FILE = "metrics.json"
-# Raised when a reader of older versions would misread the file. Files from before there was a number have none.
+# Increased when older readers would misread the file. The oldest files have no format number.
 FORMAT = 2
-# Options that say where and how a run was started, and not what it was.
+# Options of the local machine, without influence on the results.
 OF_THE_MACHINE = ("output_dir", "data_root", "resume", "overwrite")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a finished run was, and what it gave.
+    """The configuration and the results of a finished run.
 
     Attributes:
-        test: Scores of the test images, as `scores_as_json` gives them: ``mean_dice``, and each label's in ``labels``.
-        best_dice, best_step: The validation that chose the adapter.
-        trainable_parameters: How many values learn.
-        seconds: Time of training.
-        peak_memory_bytes: The most memory in use; None where the system does not tell.
-        data: For each split its number of images and their digest, as `check_images` gives them; empty in old files.
-        weights: The digest of the pretrained weights; empty without any, and in old files.
+        test: Scores of the test images from `scores_as_json`: ``mean_dice``, and the scores per label in ``labels``.
+        best_dice: The validation score that chose the adapter.
+        best_step: The step of that validation.
+        trainable_parameters: Number of trained values.
+        seconds: Training time.
+        peak_memory_bytes: Peak memory; None if the system does not report it.
+        data: Per split, the number of images and their digest, from `check_images`; empty in old files.
+        weights: The digest of the pretrained weights; empty without pretrained weights, and in old files.
         environment: Versions and device.
-        processes: How many trained together.
-        options: The run's options, without a place of the machine; see `portable_options`.
-        history: Losses, validations and each label's scores, as `Progress.history` gives them.
+        processes: Number of processes that trained together.
+        options: The options without local paths; see `portable_options`.
+        history: Losses, validations and scores per label, from `Progress.history`.
     """
 
     test: dict[str, Any]
@@ -59,7 +60,7 @@ class RunRecord:
         return list(self.test["labels"])
 
     def write(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         content = {
             "format": FORMAT,
             "test": self.test,
@@ -78,10 +79,10 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
-        """Reads what a finished run of this or an older version has written.
+        """Reads the record of a finished run of this version or an older one.
 
         Raises:
-            UserError: if the file holds anything else.
+            UserError: if the file is not such a record.
         """
         try:
             return cls._checked(read_json(path.read_bytes()))
@@ -92,7 +93,7 @@ class RunRecord:
 
     @classmethod
     def _checked(cls, content: Any) -> RunRecord:
-        """The record in a file's JSON; raises a ValueError, TypeError, KeyError or AttributeError if it is none."""
+        """Parses a record. Raises a ValueError, TypeError, KeyError or AttributeError if the JSON is not a record."""
         if not 1 <= content.get("format", 1) <= FORMAT:
             raise ValueError("it is of a later version")
         validation, test, memory = content["validation"], content["test"], content["peak_memory_bytes"]
@@ -118,7 +119,7 @@ class RunRecord:
 
 
 def record_of_run(progress: Progress, options: Mapping[str, Any], **measured: Any) -> RunRecord:
-    """The record of a run that has come to its end; what is measured goes by the attributes' names."""
+    """Builds the record of a finished run. The keywords are the remaining attributes of `RunRecord`."""
     return RunRecord(
         best_dice=progress.best_dice,
         best_step=progress.best_step,
@@ -130,7 +131,7 @@ def record_of_run(progress: Progress, options: Mapping[str, Any], **measured: An
 
 
 def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without places of the machine, and with the fold beside the dataset's name instead of in it."""
+    """Returns the options without local paths, and with the fold separate from the dataset's name."""
     kept = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
     for name in ("backbone", "text_encoder"):
         if isinstance(kept.get(name), str):

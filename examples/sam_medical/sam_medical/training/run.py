@@ -1,4 +1,4 @@
-"""One training run from its options to its files: data, model, training, test scores."""
+"""A training run: opens the data, builds the model, trains it, and scores the best adapter."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from sam_medical.training.trainer import Run, Trainer
 
 
 def run(options: TrainOptions, started: float) -> None:
-    """Trains, scores the best adapter on the test images, and leaves everything in the output folder.
+    """Trains a model, scores the best adapter on the test images, and writes all results to the output folder.
 
     Args:
-        options: What to do.
-        started: When the command began, by `time.monotonic`.
+        options: The options of the run.
+        started: Start of the command, from `time.monotonic`.
 
     Raises:
-        UserError: if something is wrong with the options, the data, the model or the folder.
-        SystemExit: with 128 more than a signal's number, if one has stopped the run.
+        UserError: if the options, the data, the model or the output folder cannot be used.
+        SystemExit: with 128 plus the signal number, if a signal has stopped the run.
     """
     output = Path(options.output_dir)
     restore(output / "adapter")
@@ -101,7 +101,7 @@ def run(options: TrainOptions, started: float) -> None:
 
 
 def finish(output: Path, record: RunRecord, scores: Sequence[MaskScore]) -> None:
-    """Writes a finished run's files into its folder. The record is the last: a run that has it counts as finished."""
+    """Writes the files of a finished run. The record is written last, because it marks the run as finished."""
     write_scores(scores, output / SCORES_FILE)
     if record.history["losses"]:
         draw_curves(record.history["losses"], record.history["validations"], output / "curves.png")
@@ -110,7 +110,7 @@ def finish(output: Path, record: RunRecord, scores: Sequence[MaskScore]) -> None
 
 
 def settle_splits(splits: Mapping[str, SegmentationDataset]) -> Reading:
-    """Lets all splits be read as the training images are, and says how."""
+    """Resolves ``auto`` in the reading from the training images, sets it for all splits, and returns it."""
     reading = settle_reading(splits["train"])
     for dataset in splits.values():
         dataset.reading = replace(dataset.reading, intensity=reading.intensity, offset=reading.offset)
@@ -122,17 +122,17 @@ def notes_before_training(
 ) -> list[str]:
     notes = list(dataset.notes)
     if dataset.reading.intensity != options.intensity:
-        notes.append(f"intensity auto is {dataset.reading.intensity} here, and kept in the adapter")
+        notes.append(f"intensity auto is {dataset.reading.intensity} here, and stored in the adapter")
     if dataset.reading.offset not in (NONE, options.offset):
-        notes.append(f"{in_words(dataset.reading.offset)}; kept in the adapter")
+        notes.append(f"{in_words(dataset.reading.offset)}; stored in the adapter")
     sided = labels_with_a_side(dataset.labels)
     if sided and options.augmentation != "none":
-        notes.append(f"views are not mirrored, since labels have a side: {', '.join(sided)}")
+        notes.append(f"images are not flipped, because labels have a side: {', '.join(sided)}")
     return notes + warnings_of(surveys)
 
 
 def check_output(output: Path, options: TrainOptions) -> None:
-    """Raises a `UserError` if the folder holds another run, one that cannot go on, or links."""
+    """Raises a `UserError` if the folder contains another run, a run that cannot be resumed, or links."""
     for name in (CHECKPOINT, "overlays"):
         refuse_link(output / name)
     is_interrupted = (output / CHECKPOINT).exists()
@@ -146,9 +146,9 @@ def check_output(output: Path, options: TrainOptions) -> None:
 def score_best_adapter(
     accelerator: Accelerator, dataset: SegmentationDataset, options: TrainOptions
 ) -> list[MaskScore]:
-    """Reads the best adapter back from its folder, scores it on the test images, and draws some of them.
+    """Loads the best adapter from its folder, scores it on the test images, and draws some of them.
 
-    In full precision, whatever it was trained in, so that evaluate.py finds the same.
+    This runs in full precision regardless of the training precision, so evaluate.py gives the same scores.
     """
     output = Path(options.output_dir)
     model, task = load_adapter(output / "adapter", options.backbone)

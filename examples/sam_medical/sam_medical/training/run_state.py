@@ -1,6 +1,6 @@
-"""The state of a run as JSON and safetensors, which hold nothing that could be executed.
+"""The state of a run as JSON and safetensors, formats that cannot contain code.
 
-A state is compared with the run that it is read for, before any of it is used.
+A saved state is validated against the run before any part of it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCALER_NUMBERS = ("scale", "growth_factor", "backoff_factor", "growth_interval",
 
 @dataclass
 class Training:
-    """The model that learns, and the objects that make it learn, without accelerate's wrappers."""
+    """The model and the objects that train it, without accelerate's wrappers."""
 
     model: nn.Module
     tuner: Tuner
@@ -48,16 +48,16 @@ class Training:
 
 
 class DamagedError(ValueError):
-    """A file of a state holds what no run saves; the first argument is its name."""
+    """Raised if a file of a state is damaged. The arguments are the file's name and the reason."""
 
 
 def random_file(process: int) -> str:
-    """Where a process keeps the state of its random numbers."""
+    """Returns the name of the file with a process's random state."""
     return f"random-{process}.json"
 
 
 def pack(training: Training, progress: Progress) -> dict[str, bytes]:
-    """The files of a state that all processes share, by name."""
+    """Returns the files of a state that all processes share, by name."""
     optimizer = training.optimizer.state_dict()
     state = {
         "progress": progress.as_json(),
@@ -77,7 +77,7 @@ def pack(training: Training, progress: Progress) -> dict[str, bytes]:
 
 @dataclass
 class Unpacked:
-    """A state that fits a run."""
+    """A validated state."""
 
     progress: Progress
     rates: list[float]
@@ -88,10 +88,15 @@ class Unpacked:
 
 
 def unpack(files: Mapping[str, bytes], training: Training, steps: int) -> Unpacked:
-    """Reads the files that `pack` has made of a run like this one.
+    """Parses and validates the files of `pack`.
+
+    Args:
+        files: The files of the state, by name.
+        training: The run that the state must fit.
+        steps: The total number of steps of the run.
 
     Raises:
-        DamagedError: if a file holds anything else.
+        DamagedError: if a file is invalid or does not fit the run.
     """
     state = _read_json(files, STATE_FILE, ("progress", "rates", "scheduler", "scaler"))
     try:
@@ -115,7 +120,7 @@ def unpack(files: Mapping[str, bytes], training: Training, steps: int) -> Unpack
 
 
 def put_back(state: Unpacked, training: Training) -> None:
-    """Puts all but the progress into the run's objects."""
+    """Loads a state into the model, optimizer, scheduler and scaler of the run."""
     training.tuner.load(training.model, state.adapter)
     groups = training.optimizer.state_dict()["param_groups"]
     groups = [{**group, "lr": rate} for group, rate in zip(groups, state.rates, strict=True)]
@@ -126,7 +131,7 @@ def put_back(state: Unpacked, training: Training) -> None:
 
 
 def pack_random(device: torch.device) -> bytes:
-    """The state of this process's random numbers."""
+    """Returns the random state of this process as JSON."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     numbers = np.asarray(keys, dtype="<u4").tobytes().hex()
     device_state = None if device.type == "cpu" else _hex(getattr(torch, device.type).get_rng_state())
@@ -141,10 +146,10 @@ def pack_random(device: torch.device) -> bytes:
 
 
 def put_back_random(files: Mapping[str, bytes], name: str, device: torch.device) -> None:
-    """Puts back what `pack_random` has made.
+    """Restores the random state of `pack_random`.
 
     Raises:
-        DamagedError: if the file holds anything else.
+        DamagedError: if the file is invalid.
     """
     python, numpy, cpu, device_state = unpack_random(files, name)
     random.setstate(python)
@@ -155,10 +160,10 @@ def put_back_random(files: Mapping[str, bytes], name: str, device: torch.device)
 
 
 def unpack_random(files: Mapping[str, bytes], name: str) -> tuple[Any, Any, Tensor, tuple[str, Tensor | None]]:
-    """The states of Python's, NumPy's and torch's random numbers, and the device's with its type.
+    """Parses the random states of Python, NumPy and torch, and the device's type and state.
 
     Raises:
-        DamagedError: if the file holds anything else.
+        DamagedError: if the file is invalid.
     """
     state = _read_json(files, name, ("python", "numpy", "torch", "device"))
     try:
@@ -168,7 +173,7 @@ def unpack_random(files: Mapping[str, bytes], name: str) -> tuple[Any, Any, Tens
         numpy = ("MT19937", np.frombuffer(bytes.fromhex(keys), dtype="<u4"), *rest)
         cpu = _from_hex(state["torch"])
         device_type, on_device = state["device"]
-        # Impossible states are refused here, before any part of the run is changed.
+        # Validate all states here, before any of them is restored.
         random.Random().setstate(python)
         np.random.RandomState().set_state(numpy)
         torch.Generator().set_state(cpu)

@@ -1,7 +1,7 @@
-"""The states of a run on the disk, from which an interrupted one goes on as if nothing had happened.
+"""Saved states of a run, from which an interrupted run resumes exactly.
 
-Each is a folder ``step-N``, and the two newest are kept. Its manifest holds a digest of every other file and of
-itself, so that a damaged one is noticed, and the run goes on from the one before.
+Each state is a folder ``step-N``. The two newest are kept. The manifest of a state contains the digests of all its
+files and of itself. If the newest state is damaged, the run resumes from the one before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 GENERATIONS = 2
-# Options that may differ when a run goes on.
+# Options that may change when a run is resumed.
 FREE_OPTIONS = (
     "output_dir",
     "data_root",
@@ -66,7 +66,7 @@ FREE_OPTIONS = (
 
 
 class Checkpoints:
-    """The states of one run, saved and read by all of its processes together."""
+    """Saves and restores the states of one run. All of its processes must call the methods together."""
 
     def __init__(self, accelerator: Accelerator, output: Path, run: dict[str, Any], training: Training) -> None:
         self._accelerator = accelerator
@@ -76,10 +76,10 @@ class Checkpoints:
         self._training = training
 
     def save(self, progress: Progress) -> None:
-        """Saves the state of all processes beside the one before, and removes those that are older.
+        """Saves the state of all processes, and removes all but the two newest states.
 
         Raises:
-            UserError: if the disk does not take it.
+            UserError: if the state cannot be written.
         """
         accelerator = self._accelerator
         with self._shared_folder() as folder:
@@ -87,10 +87,16 @@ class Checkpoints:
             together(accelerator, self._folder, lambda: self._complete(folder, progress))
 
     def resume(self, steps: int) -> Progress | None:
-        """Puts the newest whole state back into the run; None if none was saved.
+        """Restores the newest intact state.
+
+        Args:
+            steps: The total number of steps of the run.
+
+        Returns:
+            The progress; None if no state was saved.
 
         Raises:
-            UserError: if the state is of another run, or none is whole.
+            UserError: if the state belongs to another run, or all states are damaged.
         """
         answer: list[Any] = [self._choose(steps) if self._accelerator.is_main_process else None]
         step, problem = broadcast_object_list(answer)[0]
@@ -105,7 +111,7 @@ class Checkpoints:
         return state.progress
 
     def _choose(self, steps: int) -> tuple[int | None, str]:
-        """The step of the newest state that is whole and of this run, and what is wrong if there is none."""
+        """Returns the step of the newest intact state, and an error message if there is none."""
         damages = []
         try:
             for step in steps_in(self._folder):
@@ -114,7 +120,7 @@ class Checkpoints:
                     check_same_run(self._folder, read_json(files[RUN_FILE]), self._run)
                     self._unpack(files, steps)
                 except DamagedError as error:
-                    damages.append(_say(self._folder / name_of(step), error))
+                    damages.append(_damage_message(self._folder / name_of(step), error))
                     continue
                 for damage in damages:
                     print(f"{damage}; going on from the state before it.", flush=True)
@@ -126,14 +132,14 @@ class Checkpoints:
     def _unpack(self, files: Mapping[str, bytes], steps: int) -> Unpacked:
         names = [random_file(process) for process in range(self._accelerator.num_processes)]
         if files.keys() != {RUN_FILE, *SHARED_FILES, *names}:
-            raise DamagedError(MANIFEST_FILE, "it names other files than a run of so many processes saves")
+            raise DamagedError(MANIFEST_FILE, "its files are not those of a run with this number of processes")
         for name in names:
             unpack_random(files, name)
         return unpack(files, self._training, steps)
 
     @contextmanager
     def _shared_folder(self) -> Iterator[Path]:
-        """Gives every process the same empty folder to fill."""
+        """Yields the same empty folder on every process."""
         with ExitStack() as stack:
             answer: list[Any] = [None, ""]
             if self._accelerator.is_main_process:
@@ -151,7 +157,7 @@ class Checkpoints:
         (folder / random_file(accelerator.process_index)).write_bytes(pack_random(accelerator.device))
 
     def _complete(self, temporary: Path, progress: Progress) -> None:
-        """Fills the folder with what the processes share, makes it the newest state, and removes old ones."""
+        """Writes the shared files, renames the folder to the newest state, and removes old states."""
         if not self._accelerator.is_main_process:
             return
         contents = {RUN_FILE: as_json(self._run), **pack(self._training, progress)}
@@ -160,10 +166,10 @@ class Checkpoints:
         (temporary / MANIFEST_FILE).write_bytes(_manifest(temporary, progress.step))
         bring_to_disk(temporary)
         folder = self._folder / name_of(progress.step)
-        discard(folder)  # one that was damaged
+        discard(folder)  # an existing state of this step is damaged
         temporary.rename(folder)
         bring_to_disk(self._folder)
-        # A damaged one that was passed over is newer than this.
+        # Newer states are damaged ones that `resume` skipped.
         kept = [step for step in steps_in(self._folder) if step <= progress.step][:GENERATIONS]
         for step in steps_in(self._folder):
             if step not in kept:
@@ -171,10 +177,11 @@ class Checkpoints:
 
 
 def together(accelerator: Accelerator, place: Path, action: Callable[[], None]) -> None:
-    """Does something that writes to a place; where it fails on one process, all of them end.
+    """Runs an action that writes to a path. If it fails on one process, all processes end.
 
     Raises:
-        UserError: on the main process.
+        UserError: on the main process, if the action fails.
+        SystemExit: on the other processes.
     """
     problem = ""
     try:
@@ -188,7 +195,7 @@ def together(accelerator: Accelerator, place: Path, action: Callable[[], None]) 
 
 
 def raise_on_main(accelerator: Accelerator, problem: str) -> None:
-    """Ends all processes that come here, and says once why."""
+    """Raises a `UserError` on the main process, and ends the others silently."""
     if accelerator.is_main_process:
         raise UserError(problem)
     raise SystemExit(USER_ERROR_STATUS)
@@ -199,10 +206,10 @@ def name_of(step: int) -> str:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of a checkpoint folder's states, the newest first.
+    """Returns the steps of the states in a checkpoint folder, newest first.
 
     Raises:
-        UserError: if the folder holds anything else.
+        UserError: if the folder contains anything else.
     """
     refuse_link(folder)
     steps = []
@@ -216,10 +223,10 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def check_states(folder: Path) -> None:
-    """Tells what is wrong with a run's states before anything else is read.
+    """Checks the states of a run before anything else is read.
 
     Raises:
-        UserError: if the folder holds anything but states, or none of them is whole.
+        UserError: if the folder contains anything but states, or all states are damaged.
     """
     damages = []
     for step in steps_in(folder):
@@ -227,17 +234,17 @@ def check_states(folder: Path) -> None:
             read_state(folder / name_of(step))
             return
         except DamagedError as error:
-            damages.append(_say(folder / name_of(step), error))
+            damages.append(_damage_message(folder / name_of(step), error))
     if damages:
         raise UserError(_none_is_whole(folder, damages))
 
 
 def read_state(folder: Path) -> dict[str, bytes]:
-    """The contents of a state's files, which are those that were saved.
+    """Reads the files of a state, by name, and verifies their digests.
 
     Raises:
-        DamagedError: if they are not.
-        UserError: if there is anything beside them.
+        DamagedError: if a file is missing or damaged.
+        UserError: if the folder contains other files.
     """
     names = {path.name for path in folder.iterdir()}
     try:
@@ -268,14 +275,14 @@ def read_state(folder: Path) -> dict[str, bytes]:
 def description_of_run(
     options: TrainOptions, task: Task, data: Mapping[str, Mapping[str, Any]], processes: int
 ) -> dict[str, Any]:
-    """All that must be the same when a run goes on; data are what `check_images` says of the splits."""
+    """Returns everything that must be equal when a run is resumed. ``data`` is the result of `check_images`."""
     run = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     facts = {"labels": list(task.labels), "weights": task.backbone_digest, "processes": processes}
     return {**run, **facts, **{f"{split} images": dict(summary) for split, summary in data.items()}}
 
 
 def check_same_run(folder: Path, saved: Any, run: Mapping[str, Any]) -> None:
-    """Raises a `UserError` where the state in a folder is of another run."""
+    """Raises a `UserError` if a saved state belongs to another run."""
     if not isinstance(saved, dict):
         raise DamagedError(RUN_FILE, "it describes no run")
     for name, value in run.items():
@@ -314,7 +321,7 @@ def _message(error: OSError | UserError) -> str:
     return describe(error) if isinstance(error, OSError) else str(error)
 
 
-def _say(folder: Path, error: DamagedError) -> str:
+def _damage_message(folder: Path, error: DamagedError) -> str:
     name, reason = error.args
     return f"{folder / name} is damaged ({reason})"
 

@@ -1,4 +1,4 @@
-"""The training loop, one for all methods."""
+"""The training loop of all methods."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from sam_medical.training.run_state import Training
 from sam_medical.training.run_states import GENERATIONS, Checkpoints, description_of_run, together
 
 HISTORY_FILE = "history.json"
-# Room on the disk for curves, overlays and metrics, in bytes.
+# Disk space for curves, overlays and metrics, in bytes.
 ROOM_BESIDE = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run is made of.
+    """The inputs of a training run.
 
     Attributes:
-        options: What was asked for.
-        task: What the adapter is for.
+        options: The options of the run.
+        task: The task of the adapter.
         splits: The images: train, validation and test.
-        data: For each split its number of images and their digest, as `check_images` gives them.
-        text_embeddings: The labels' text embeddings, (K, D); None where no text prompts the model.
+        data: Per split, the number of images and their digest, from `check_images`.
+        text_embeddings: The text embeddings of the labels, (K, D); None if the model is not prompted by text.
         accelerator: The processes and devices.
-        started: When the run began, by `time.monotonic`.
+        started: Start of the run, from `time.monotonic`.
     """
 
     options: TrainOptions
@@ -71,17 +71,17 @@ class Run:
 
 
 class Trainer:
-    """Trains a model to the last step or to the first signal, and keeps the adapter that is best on validation.
+    """Trains a model until the last step or the first signal, and saves the adapter with the best validation score.
 
     Args:
-        run: What to train with.
-        model: The model, tuned as the run's method has it.
+        run: The inputs of the run.
+        model: The model with the run's method applied.
 
     Attributes:
-        progress: Where the run stands.
+        progress: The progress of the run.
 
     Raises:
-        UserError: if the run cannot be done or go on.
+        UserError: if the options do not suit the model, or the disk is too full.
     """
 
     def __init__(self, run: Run, model: nn.Module) -> None:
@@ -100,12 +100,15 @@ class Trainer:
             self.model = model.to(self.accelerator.device)
 
     def fit(self) -> int:
-        """Trains from where the run stands; returns the number of the signal that stopped it, 0 if none did.
+        """Trains from the last saved state, if there is one.
 
-        A model in which nothing learns is validated and kept as it is.
+        A model without trained parameters is only validated and saved.
+
+        Returns:
+            The number of the signal that stopped the run; 0 if none did.
 
         Raises:
-            UserError: if the loss is no number, or the disk takes no more.
+            UserError: if the loss is NaN or infinite, or a file cannot be written.
         """
         if not self.method.learns:
             self._keep_as_it_is()
@@ -131,10 +134,10 @@ class Trainer:
         return 0
 
     def step(self, batch: TrainingBatch) -> float | None:
-        """Learns from one batch.
+        """Runs the forward and backward pass of one batch.
 
         Returns:
-            None until `gradient_accumulation_steps` batches have made an update. Then the update's loss, the mean over
+            None until `gradient_accumulation_steps` batches are complete. Then the loss of the update: the mean over
             batches and processes.
         """
         accelerator = self.accelerator
@@ -171,19 +174,21 @@ class Trainer:
         self._write_history()
 
     def resume(self) -> None:
-        """Goes back to the newest state in the output folder, if there is one."""
+        """Restores the newest state in the output folder, if there is one."""
         self.progress = self._checkpoints.resume(self.options.steps) or Progress()
         if self.progress.step:
             self.accelerator.print(f"Going on after step {self.progress.step} of {self.options.steps}.")
         self._started -= self.progress.seconds  # as if the run had never been interrupted
 
     def _check_batches(self) -> None:
-        """Raises a `UserError` if batches are too small, or shared out, for a model that normalises over them."""
+        """Raises a `UserError` if batches are too small or distributed, which batch normalisation does not allow."""
         title = self.method.title
         if self.options.batch_size < 2:
-            raise UserError(f"{title} normalises over the batch: give a batch_size of at least 2.")
+            raise UserError(f"{title} uses batch norm; give a batch_size of at least 2.")
         if self.accelerator.num_processes > 1:
-            raise UserError(f"{title} keeps statistics of its batches, each process its own: train it in one.")
+            raise UserError(
+                f"{title} uses batch norm, whose statistics differ between processes; train it in one process."
+            )
 
     def _load_validation_images(self) -> DataLoader:
         options = self.options
@@ -192,7 +197,7 @@ class Trainer:
         return self.accelerator.prepare(loader)
 
     def _prepare_to_learn(self) -> None:
-        """Makes the optimizer, its schedule, the loss, and the states on the disk."""
+        """Creates the optimizer, scheduler, loss and checkpoints."""
         options, accelerator, run = self.options, self.accelerator, self.run
         if options.gradient_checkpointing:
             checkpoint_blocks(self.tuned_model)
@@ -219,7 +224,7 @@ class Trainer:
         self._checkpoints = Checkpoints(accelerator, self.output, description, training)
 
     def _check_space(self, model: nn.Module) -> None:
-        """Raises a `UserError` if the disk has no room for the adapters and states that are there at a time."""
+        """Raises a `UserError` if the disk has no space for the adapters and states that exist at the same time."""
         adapter = sum(tensor.nbytes for tensor in self.method.tuner.state(model).values())
         moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         needed = 2 * adapter + (GENERATIONS + 1) * (adapter + moments) + ROOM_BESIDE
@@ -231,7 +236,7 @@ class Trainer:
             )
 
     def _remaining_images(self) -> DataLoader:
-        """The training images of the steps that are left."""
+        """Returns the loader of the remaining steps."""
         options = self.options
         images_per_step = options.batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         loader = training_loader(
@@ -258,7 +263,7 @@ class Trainer:
         return tqdm(total=self.options.steps, initial=self.progress.step, unit="step", disable=is_silent)
 
     def _note(self, loss: float, bar: tqdm) -> None:
-        """Counts a step, and tells the tracker and the terminal of it; a loss that is no number ends the run."""
+        """Counts a step and logs it to tracker and terminal. Raises a `UserError` if the loss is not finite."""
         progress = self.progress
         if not math.isfinite(loss):
             raise UserError(
@@ -275,7 +280,7 @@ class Trainer:
         return self.progress.step % self.options.validate_every == 0 or self.progress.step == self.options.steps
 
     def _is_interrupted(self, interruption: Interruption) -> bool:
-        """Whether a signal has come to any of the processes."""
+        """Whether any of the processes has received a signal."""
         if interruption.number:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
