@@ -130,7 +130,7 @@ def test_images_of_any_mode_become_three_channels(tmp_path, mode):
 
 
 def test_unknown_names_are_answered_with_the_known_ones(glas_folder):
-    with pytest.raises(UserError, match=r"unknown dataset 'lits'; choose from abdominal-us, .*lits-png, own"):
+    with pytest.raises(UserError, match=r"unknown dataset 'lits'; choose from brain-mri, .*lits-png, glas, own"):
         open_dataset("lits", None, "train")
     with pytest.raises(UserError, match="no split 'val'; choose from train, validation, test"):
         open_dataset("brain-mri", None, "val")

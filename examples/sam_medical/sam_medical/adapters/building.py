@@ -48,5 +48,8 @@ def build_untuned(task: Task, text_embeddings: Tensor | None) -> tuple[nn.Module
             f"{task.backbone_digest}, and {task.backbone} has {digest}; give the right weights with --backbone."
         )
     prompter = method.model.prompt.make(backbone, labels, text_embeddings if task.uses_text else None)
-    backbone.prompt_with(prompter, labels if method.model.mask_per_label else None)
+    try:
+        backbone.prompt_with(prompter, labels if method.model.mask_per_label else None)
+    except NotImplementedError as error:
+        raise UserError(f"{method.title} needs a mask per label, which {task.backbone} cannot give.") from error
     return backbone, task.target_modules or backbone.target_modules, replace(task, backbone_digest=digest)

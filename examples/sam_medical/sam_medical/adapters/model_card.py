@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sam_medical.adapters.task import TEXT_FILE, Task
+from sam_medical.common.registry import is_place
 from sam_medical.methods import METHODS
 from sam_medical.methods.tuners import PeftTuner
 
@@ -40,6 +41,9 @@ def model_card(task: Task) -> str:
         *facts,
         "",
     ]
+    if extensions := sorted({name.partition(":")[0] for name in _names(task) if is_place(name)}):
+        modules = " ".join(extensions)
+        lines += [f"It needs code outside svdtune; if you trust it, give the commands `--extensions {modules}`.", ""]
     if is_peft:
         lines += ["PEFT reads this folder once its method is known: `import svdtune`.", ""]
     if not method.needs_expert:
@@ -50,3 +54,7 @@ def model_card(task: Task) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _names(task: Task) -> tuple[str, str, str]:
+    return task.method, task.backbone, task.dataset

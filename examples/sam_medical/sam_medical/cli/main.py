@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from sam_medical import __version__
+from sam_medical.common.errors import UserError, one_line_errors
+
 # Name of the command: its module, and what it does.
 COMMANDS = {
     "train": ("train", "train S-SAM, or another method, on a folder of images and masks"),
@@ -19,6 +22,7 @@ COMMANDS = {
 }
 
 
+@one_line_errors
 def main() -> None:
     """Runs the command that the first argument names.
 
@@ -29,8 +33,11 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(usage())
         return
+    if name == "--version":
+        print(f"sam-medical {__version__}")
+        return
     if name not in COMMANDS:
-        sys.exit(_unknown(name))
+        raise UserError(f"there is no command {name!r}; give one of {', '.join(COMMANDS)}.")
     sys.argv = [f"sam-medical {name}", *sys.argv[2:]]
     import_module(f"sam_medical.cli.{COMMANDS[name][0]}").main()
 
@@ -47,8 +54,3 @@ def usage() -> str:
             "sam-medical COMMAND --help lists a command's options.",
         ]
     )
-
-
-def _unknown(name: str) -> int:
-    print(f"error: there is no command {name!r}; give one of {', '.join(COMMANDS)}.", file=sys.stderr)
-    return 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 
 from sam_medical.common.signals import Stopped, stopping_at_signals
 
@@ -40,9 +42,14 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
 
     @wraps(main)
     def wrapped() -> None:
+        _print_any_text()
         try:
             with stopping_at_signals():
                 main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(USER_ERROR_STATUS)
         except UserError as error:
             _end(str(error))
         except OSError as error:
@@ -56,6 +63,13 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(128 + stop.number)
 
     return wrapped
+
+
+def _print_any_text() -> None:
+    """Escapes characters that the terminal's encoding lacks: labels may be in any language."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_of_memory(error: RuntimeError) -> bool:

@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from sam_medical.common.errors import UserError, first_line
@@ -14,7 +16,9 @@ from sam_medical.common.values import shortened
 
 T = TypeVar("T")
 
-PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# At least two characters before the colon: one is a drive on Windows.
+PLACE = re.compile(r"[A-Za-z_][\w.]+:[A-Za-z_]\w*")
+MODULE = re.compile(r"[A-Za-z_][\w.]*")
 # Modules that the user has given with --extensions.
 EXTENSIONS: set[str] = set()
 
@@ -55,23 +59,26 @@ class Registry(Mapping[str, T], Generic[T]):
         return value
 
     def find(self, name: str) -> T:
-        """Returns the value of a name that the user has typed. ``package.module:NAME`` is imported.
+        """Returns the value of a name that the user has typed, which may be a place outside this package.
 
         Raises:
-            UserError: if there is no such value, or its module cannot be imported.
+            UserError: if there is none, its module cannot be imported, or it is not of this kind.
         """
         if name not in self and is_place(name):
-            value = _import(name, self.kind)
-            if not self._can_be(value):
-                raise UserError(f"{name!r} is no {self.kind}, but {type(value).__name__}; give one.")
-            self._values[name] = value
+            module, _, attribute = name.partition(":")
+            loaded = import_typed(module, f"the {self.kind} {name!r}")
+            if not hasattr(loaded, attribute):
+                raise UserError(f"the {self.kind} {name!r} does not exist: {loaded.__file__} has no {attribute}.")
+            self._values[name] = self._checked(getattr(loaded, attribute), name)
         if name not in self:
             raise UserError(self.unknown(name))
         return self[name]
 
     def unknown(self, name: str) -> str:
         """Returns the error message for an unknown name."""
-        module, _, _ = name.partition(":")
+        module, _, attribute = name.partition(":")
+        if is_place(name) and module in EXTENSIONS:
+            return f"the {self.kind} {name!r} does not exist: {sys.modules[module].__file__} has no {attribute}."
         if is_place(name):
             return (
                 f"the {self.kind} {name!r} is not part of this package, and a file's name imports nothing; if you "
@@ -83,11 +90,20 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._values:
             if name not in self:
                 raise KeyError(name)
-            self._values[name] = _import(self._places.get(name, name), self.kind)
+            module, _, attribute = self._places.get(name, name).partition(":")
+            self._values[name] = self._checked(getattr(import_module(module), attribute), name)
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self._values or (isinstance(name, str) and self._is_in_extension(name))
+
+    def _checked(self, value: Any, name: str) -> T:
+        """Raises a `UserError` if a value is not of this kind, or a class that is not finished."""
+        if not self._can_be(value):
+            raise UserError(f"{name!r} is no {self.kind}, but {type(value).__name__}; give one.")
+        if missing := sorted(getattr(value, "__abstractmethods__", ())):
+            raise UserError(f"the {self.kind} {name!r} lacks {', '.join(missing)}; write them.")
+        return value
 
     def _is_in_extension(self, name: str) -> bool:
         module, _, rest = name.partition(":")
@@ -110,26 +126,40 @@ def import_extensions(modules: Iterable[str]) -> None:
     Raises:
         UserError: if a module cannot be imported.
     """
-    _look_here()
     for module in modules:
-        try:
-            import_module(module)
-        except (ImportError, ValueError, OSError) as error:
-            name, reason = shortened(module), first_line(error)[:200]
-            raise UserError(f"extensions names {name}, which cannot be imported ({reason}).") from error
+        if not MODULE.fullmatch(module):
+            raise UserError(f"extensions names {shortened(module)}; give the name of a module, such as my_module.")
+        import_typed(module, f"extensions names {shortened(module)}, which")
         EXTENSIONS.add(module)
 
 
-def _look_here() -> None:
-    """Adds the current folder to the import path. The console script `sam-medical` does not have it there."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+def import_typed(name: str, what: str) -> ModuleType:
+    """Imports a module that the user has named on the command line, also from the current folder.
 
+    The folder stays on the import path only if the module is in it: other folders, such as one of images, must not
+    provide modules. Python's option ``-P`` keeps it off the path.
 
-def _import(place: str, kind: str) -> Any:
-    module, _, name = place.partition(":")
-    _look_here()
+    Args:
+        name: The module.
+        what: The beginning of the error message.
+
+    Raises:
+        UserError: if the module cannot be imported, or is a folder without code.
+    """
+    folder = os.getcwd()
+    is_added = not {folder, ""} & set(sys.path) and not getattr(sys.flags, "safe_path", False)
+    if is_added:
+        sys.path.append(folder)
+    is_here = False
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"the {kind} {place!r} cannot be imported ({first_line(error)}).") from error
+        module = import_module(name)
+        is_here = module.__file__ is not None and Path(module.__file__).is_relative_to(folder)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise UserError(f"{what} cannot be imported ({reason}).") from error
+    finally:
+        if is_added and not is_here:
+            sys.path.remove(folder)
+    if module.__file__ is None:
+        raise UserError(f"{what} is a folder without code ({next(iter(module.__path__))}); rename one of the two.")
+    return module

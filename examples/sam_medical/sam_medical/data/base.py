@@ -81,9 +81,37 @@ class SegmentationDataset(ABC):
             raise UserError(
                 f"{self.root}: image {index} of the split {self.split} cannot be read ({first_line(error)})."
             ) from error
+        check_sample(sample, len(self.labels) if self._kept is None else None, f"{type(self).__name__}, {self.split}")
         if self._kept is None:
             return sample
         return replace(sample, masks=sample.masks[self._kept])
+
+
+def check_sample(sample: Sample, labels: int | None, where: str) -> None:
+    """Raises a `UserError` unless a sample has the name, shapes, types and values that `Sample` promises.
+
+    Args:
+        sample: What a dataset's ``read`` returned.
+        labels: The number of masks it must have; None for any.
+        where: The dataset and the split, for the message.
+    """
+    if not isinstance(sample, Sample):
+        raise UserError(f"{where}: read must return a Sample, and it returns {type(sample).__name__}.")
+    name, image, masks = sample.name, sample.image, sample.masks
+    is_file_name = bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
+    problems = {
+        f"name is {name!r}, but it must be a file name": not is_file_name,
+        f"image has shape {image.shape}, but it must be (H, W, 3)": image.ndim != 3 or image.shape[-1] != 3,
+        f"image is {image.dtype}, but it must be float32": image.dtype != np.float32,
+        f"masks have shape {masks.shape}, but it must be (K, H, W), as the image": masks.shape[1:] != image.shape[:2],
+        f"there are {len(masks)} masks for {labels} labels": labels is not None and len(masks) != labels,
+        f"masks are {masks.dtype}, but they must be bool": masks.dtype != bool,
+    }
+    problem = next((text for text, is_so in problems.items() if is_so), None)
+    if problem is None and not (image.min(initial=0) >= 0 and image.max(initial=0) <= 1):
+        problem = f"image has values from {image.min()} to {image.max()}, but they must be between 0 and 1"
+    if problem is not None:
+        raise UserError(f"{where}: image {name!r} cannot be used: {problem}.")
 
 
 def require_folder(root: Path | None, dataset: str, holding: str) -> Path:

@@ -62,6 +62,10 @@ class Method:
     loss: str = "focal-dice"
     learning_rate: float = 5e-3
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.tuner, Tuner):
+            raise TypeError(f"a method's tuner must be a Tuner, and {self.title}'s is {type(self.tuner).__name__}")
+
     @property
     def is_sam(self) -> bool:
         return isinstance(self.model, PromptedBackbone)

@@ -24,7 +24,10 @@ def load_backbone(name: str, image_size: int) -> Backbone:
     Raises:
         UserError: if the weights are not there, not of a known model, or not for that size.
     """
-    return _class_of(name).load(name, image_size)
+    backbone = _class_of(name).load(name, image_size)
+    if not isinstance(backbone, Backbone):
+        raise UserError(f"the backbone {name}: load must return a Backbone, and it returns {type(backbone).__name__}.")
+    return backbone
 
 
 def _class_of(name: str) -> type[Backbone]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sam_medical.common.errors import UserError
+from sam_medical.common.registry import is_place
 from sam_medical.data import DATASETS, dataset_and_fold
 from sam_medical.methods import METHODS
 from sam_medical.models import BACKBONES
@@ -41,6 +42,8 @@ class TrainOptions(ExtensionOptions, RunOptions, ValidationOptions, OptimOptions
     def __post_init__(self) -> None:
         check_values(self)
         _ = self.reading  # validates intensity, offset and plane
+        if self.method not in METHODS and is_place(self.method):
+            raise UserError(METHODS.unknown(self.method))
         require(self, "method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         check_method(self, self.method)
 

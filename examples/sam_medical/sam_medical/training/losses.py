@@ -6,6 +6,8 @@ import torch
 from monai.losses import DiceLoss, FocalLoss, SoftDiceclDiceLoss
 from torch import Tensor, nn
 
+from sam_medical.common.errors import UserError
+
 
 class FocalDiceLoss(nn.Module):
     """``focal_weight`` * focal + Dice, as in SAM's training, each averaged over images and labels.
@@ -49,4 +51,7 @@ class DiceCenterlineLoss(nn.Module):
 
 def build_loss(name: str, focal_weight: float) -> nn.Module:
     """Returns the loss named by a `Method`: "focal-dice" or "dice-cldice"."""
-    return {"focal-dice": lambda: FocalDiceLoss(focal_weight), "dice-cldice": DiceCenterlineLoss}[name]()
+    losses = {"focal-dice": lambda: FocalDiceLoss(focal_weight), "dice-cldice": DiceCenterlineLoss}
+    if name not in losses:
+        raise UserError(f"there is no loss {name!r}; a method's loss is one of {', '.join(losses)}.")
+    return losses[name]()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sam_medical.common.errors import UserError
 from sam_medical.data.base import SegmentationDataset
 from sam_medical.data.survey import Survey
 
@@ -40,27 +41,34 @@ def check_images(
 
     Returns:
         Per split, the number of images, and 16 hexadecimal digits that identify their names, pixels and masks.
+
+    Raises:
+        UserError: if an image cannot be read, or two of a split have the same name.
     """
     summary = {}
     bar = tqdm(desc="checking the images", total=sum(map(len, splits.values())), unit="image", leave=False)
     with bar, ThreadPoolExecutor() as pool:
         for split, dataset in splits.items():
-            digest = hashlib.sha256()
-            for line in pool.map(partial(_line, dataset, (surveys or {}).get(split)), range(len(dataset))):
+            digest, names = hashlib.sha256(), set()
+            for name, line in pool.map(partial(_line, dataset, (surveys or {}).get(split)), range(len(dataset))):
+                if name in names:
+                    raise UserError(f"two images of the split {split} are called {name!r}; give each its own name.")
+                names.add(name)
                 digest.update(line.encode())
                 bar.update()
             summary[split] = {"images": len(dataset), "hash": digest.hexdigest()[:16]}
     return summary
 
 
-def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> str:
+def _line(dataset: SegmentationDataset, survey: Survey | None, index: int) -> tuple[str, str]:
+    """Returns the name of an image, and a line that identifies it and its masks."""
     sample = dataset[index]
     if survey is not None:
         survey.add(sample)
         survey.look_at(dataset.scan(index), dataset.reading)
     digest = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes())
     digest.update(np.packbits(sample.masks).tobytes())
-    return f"{sample.name} {sample.masks.shape} {digest.hexdigest()}\n"
+    return sample.name, f"{sample.name} {sample.masks.shape} {digest.hexdigest()}\n"
 
 
 def peak_memory(device: torch.device) -> int | None:
