@@ -22,10 +22,12 @@ class SamParts(Backbone):
     trained with boxes only, for a box around the whole image: without one such a decoder gives blank masks.
 
     Args:
-        name, image_size: As for `Backbone`.
+        name: As for `Backbone`.
+        image_size: As for `Backbone`.
         pixels: Maps images between zero and one to what the encoder was trained on.
         image_encoder: (B, 3, S, S) to image embeddings (B, 256, h, w).
-        prompt_encoder, mask_decoder: With the weights of the pretrained model.
+        prompt_encoder: With the weights of the pretrained model.
+        mask_decoder: With the weights of the pretrained model.
         stride: Of the image encoder, S / h.
     """
 
