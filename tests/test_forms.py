@@ -15,7 +15,7 @@ from svdtune.forms import DELTA, FACTORED, FORMS, ONE_SIDED_U, ONE_SIDED_V, REBU
 from svdtune.kinds import LAYER_KINDS, Linear
 from svdtune.param_wrapper import ParamWrapper
 
-KINDS = {*LAYER_KINDS.values(), ParamWrapper}
+KINDS = list(dict.fromkeys([*LAYER_KINDS.values(), ParamWrapper]))
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
