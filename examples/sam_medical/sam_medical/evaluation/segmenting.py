@@ -36,7 +36,7 @@ def segment_files(options: PredictOptions) -> None:
         batch_size=options.batch_size,
     )
     found: list[dict[str, Any]] = []
-    unread = [f"{path} is no image" for path in unknown if path.suffix.lower() not in TEXTS]
+    unread = [f"{path} is not an image" for path in unknown if path.suffix.lower() not in TEXTS]
     for source in tqdm(sources, unit="file", disable=None):
         try:
             found.append(_segment(segmenter, source, options))
