@@ -9,26 +9,13 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import tifffile
-import torch
 from PIL import Image
+from stand_ins import BrightPixels
 from test_real_files import SHIPPED, TestDicom, as_codes, save, save_nifti, write_enhanced_ct
-from torch import nn
 
 from sam_medical.adapters.task import Task
 from sam_medical.cli import predict
 from sam_medical.evaluation import segmenter
-
-
-class BrightPixels(nn.Module):
-    """Draws one label where the image is brighter than half, and another where it is darker."""
-
-    def __init__(self):
-        super().__init__()
-        self.sharpness = nn.Parameter(torch.tensor(20.0))
-
-    def forward(self, images, true_masks=None):
-        bright = self.sharpness * (images.mean(1, keepdim=True) - 0.5)
-        return torch.cat([bright, -bright], 1)
 
 
 @pytest.fixture

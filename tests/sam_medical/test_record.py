@@ -38,8 +38,8 @@ def test_a_record_of_an_older_version_is_read(path):
     content = json.loads(path.read_text())
     del content["format"], content["data"], content["weights"], content["history"]["label_scores"]
     content["options"] = {
-        **{"steps": 4, "dataset": "abdominal-us-real-2", "backbone": "/home/me/sam.pth"},
-        **{"data_root": "/home/me/data", "output_dir": "/home/me/run", "resume": True, "overwrite": False},
+        **{"steps": 4, "dataset": "abdominal-us-real-2", "backbone": "/elsewhere/sam.pth"},
+        **{"data_root": "/elsewhere/data", "output_dir": "/elsewhere/run", "resume": True, "overwrite": False},
     }
     path.write_text(json.dumps(content))
     history = {**RECORD.history, "label_scores": []}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sam_medical.common.errors import UserError
+from sam_medical.common.errors import UserError, first_line
 from sam_medical.models.prompts import Prompter, Prompts
 
 # Where there is no prompt. Its sigmoid is 0 in float16, too.
@@ -223,6 +223,14 @@ def check_image_size(image_size: int, stride: int, name: str) -> None:
     """Raises a `UserError` unless the stride of a backbone divides the image size."""
     if image_size <= 0 or image_size % stride:
         raise UserError(f"image_size {image_size} does not fit {name}: it must be a positive multiple of {stride}.")
+
+
+def no_such_model(name: str, error: Exception) -> UserError:
+    """The error for a name that is neither a folder nor on the hub."""
+    return UserError(
+        f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
+        "Give lite-medsam, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
+    )
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

